@@ -1,0 +1,28 @@
+"""Chat data: reading and checking it, encoding it with exact response masks, keeping it prepared on disk."""
+
+from holdtrue.data.builtins import builtin, builtin_names, resolve_data
+from holdtrue.data.chat import KINDS, ChatRow, ChatSummary, Message, read_chat, validate_chat
+from holdtrue.data.encode import ChatEncoder, Encoded
+from holdtrue.data.jsonl import json_name, read_jsonl, text_fault
+from holdtrue.data.prepare import KindCount, Prepared, load_prepared, prepare_rows
+
+__all__ = [
+    "KINDS",
+    "ChatEncoder",
+    "ChatRow",
+    "ChatSummary",
+    "Encoded",
+    "KindCount",
+    "Message",
+    "Prepared",
+    "builtin",
+    "builtin_names",
+    "json_name",
+    "load_prepared",
+    "prepare_rows",
+    "read_chat",
+    "read_jsonl",
+    "resolve_data",
+    "text_fault",
+    "validate_chat",
+]

@@ -1,0 +1,155 @@
+"""Micro-batches of rows of like length, the same rows in each optimizer step however they are split.
+
+The order is drawn in three moves. Rows are shuffled, with the rows of other kinds spread evenly among the task rows.
+The order is cut into windows of some tens of rows, and only inside a window rows are sorted by length and cut into
+optimizer batches, which are shuffled. Last, a batch is cut into micro-batches and dealt to the ranks. So what an
+optimizer step sees depends on the seed, the epoch and the batch size alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+IGNORED = -100
+GHOST = -1
+"""The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""
+
+
+def spread_evenly(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Merge two orders so that the second's items lie at equal distances among the first's."""
+    places = [(i + 0.5) / len(first) for i in range(len(first))]
+    others = [(i + 0.5) / len(second) for i in range(len(second))]
+    keyed = [(p, 0, x) for p, x in zip(places, first, strict=True)]
+    keyed += [(p, 1, x) for p, x in zip(others, second, strict=True)]
+    return [x for _, _, x in sorted(keyed)]
+
+
+class WindowSampler(Sampler[list[int]]):
+    """Yields one rank's micro-batches of an epoch as lists of row indices.
+
+    Args:
+        lengths: tokens of each row.
+        kinds: the kind of each row; rows of kind 0 are task rows.
+        batch_size: rows of an optimizer step over all ranks; a multiple of ``micro_batch_size * ranks``.
+        micro_batch_size: rows of a micro-batch.
+        seed: of the order, together with the epoch.
+        rank, ranks: this process and how many there are.
+        window: rows that are sorted together; rounded up to whole batches.
+        shuffle: False keeps the rows' order but for the sorting (for evaluation).
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        kinds: Sequence[int] | None = None,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        window: int = 64,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size % (micro_batch_size * ranks):
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {ranks} processes"
+            )
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.kinds = np.zeros_like(self.lengths) if kinds is None else np.asarray(kinds, dtype=np.int64)
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.ranks, self.seed, self.shuffle = rank, ranks, seed, shuffle
+        self.window = -(-max(window, batch_size) // batch_size) * batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order ``iter`` yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        rows = len(self.lengths)
+        whole, rest = divmod(rows, self.batch_size)
+        per_batch = self.batch_size // (self.micro_batch_size * self.ranks)
+        return whole * per_batch + -(-rest // (self.micro_batch_size * self.ranks))
+
+    def batches(self) -> Iterator[list[int]]:
+        """Yield the rows of each optimizer step, over all ranks."""
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = self._order(random)
+        for start in range(0, len(order), self.window):
+            rows = order[start : start + self.window]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            groups = [rows[i : i + self.batch_size].tolist() for i in range(0, len(rows), self.batch_size)]
+            # A short batch stays last, since the trainer takes only the epoch's last window to be short.
+            full = [g for g in groups if len(g) == self.batch_size]
+            if self.shuffle:
+                full = [full[i] for i in random.permutation(len(full))]
+            yield from full
+            yield from groups[len(full) :]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.batches():
+            count = -(-len(rows) // (self.micro_batch_size * self.ranks)) * self.ranks
+            pieces = [part.tolist() for part in np.array_split(np.asarray(rows), count)]
+            for piece in pieces[self.rank :: self.ranks]:
+                yield piece or [GHOST]
+
+    def _order(self, random: np.random.Generator) -> np.ndarray:
+        everything = np.arange(len(self.lengths))
+        if not self.shuffle:
+            return everything
+        task, other = everything[self.kinds == 0], everything[self.kinds != 0]
+        merged = spread_evenly(random.permutation(task).tolist(), random.permutation(other).tolist())
+        return np.asarray(merged, dtype=np.int64)
+
+
+class WithGhost:
+    """A dataset that answers the index ``GHOST`` with a row of one token that no term covers."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": [0], "ghost": True} if index == GHOST else self.rows[index]
+
+
+class Collator:
+    """Turns rows into a right-padded batch of tensors.
+
+    A row has ``input_ids`` and either ``trained`` (bool per token: a target of cross-entropy) or ``labels`` (-100
+    where not trained), and may have ``kind`` (see ``KINDS``) and ``ce`` (False: its tokens count for no
+    cross-entropy). The batch has ``input_ids``, ``labels`` (batch, length) int64, ``attention_mask`` (batch, length)
+    int64, ``kind`` (batch,) int64 and ``ce`` (batch,) bool.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        length = max(len(row["input_ids"]) for row in rows)
+        ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
+        labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
+        mask = np.zeros((len(rows), length), dtype=np.int64)
+        for i, row in enumerate(rows):
+            if row.get("ghost"):
+                continue
+            tokens = np.asarray(row["input_ids"], dtype=np.int64)
+            n = len(tokens)
+            ids[i, :n], mask[i, :n] = tokens, 1
+            labels[i, :n] = np.where(np.asarray(row["trained"]), tokens, IGNORED) if "trained" in row else row["labels"]
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "attention_mask": torch.from_numpy(mask),
+            "kind": torch.tensor([int(row.get("kind", 0)) for row in rows]),
+            "ce": torch.tensor([bool(row.get("ce", True)) for row in rows]),
+        }

@@ -1,0 +1,188 @@
+"""Chat rows to token ids, with the exact tokens that an assistant's turns consist of.
+
+The model's own chat template is the only source of structure. A turn's response is what the template writes for it
+after the generation prompt, so training sees what inference will see: the prompt ends where generation begins.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from holdtrue.data.chat import ChatRow, Message
+from holdtrue.data.template import ChatTemplate, Piece, RefusedError, Rendering
+from holdtrue.errors import DataError, Problem, SpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Encoded(NamedTuple):
+    """One training sequence.
+
+    Attributes:
+        input_ids: the tokens.
+        trained: for each token, whether it is a target of cross-entropy.
+        dropped: tokens cut off the end by ``max_length``.
+    """
+
+    input_ids: list[int]
+    trained: list[bool]
+    dropped: int
+
+
+class ChatEncoder:
+    """Encodes chat rows for one tokenizer.
+
+    Trained are the tokens of the assistant's turns of weight 1 and of their end-of-turn token, nothing else. Content
+    that spells a special token is encoded as plain text.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        max_length: longest sequence in tokens; what is beyond is cut off the end and counted.
+
+    Raises:
+        SpecError: the tokenizer has no offsets, or no chat template that masks can be taken from.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+        if max_length is not None and max_length < 1:
+            raise SpecError(f"max_length must be at least 1, not {max_length}")
+        if not getattr(tokenizer, "is_fast", False):
+            raise SpecError("response masks need a fast tokenizer (a tokenizer.json), which this model does not have")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._template = ChatTemplate(tokenizer)
+        unknown = tokenizer.unk_token_id
+        self._control_ids = {id for id in self._template.controls.values() if id != unknown}
+        self._pieces = _PieceEncoder(tokenizer, self._template)
+
+    def encode(self, row: ChatRow) -> list[Encoded]:
+        """Return the row's sequences.
+
+        It is one sequence with all the assistant's turns, unless the template writes a turn otherwise when more
+        follows (as templates do that drop earlier reasoning): then one sequence per turn of weight 1, each exactly
+        what the model sees when it writes that turn.
+
+        Raises:
+            DataError: the template refuses the conversation, or text cannot be kept apart from control tokens.
+            SpecError: the template's generation prompt is not how it begins an assistant's turn.
+        """
+        try:
+            return [self._cut(*self._ids(rendering)) for rendering in self._template.training(row.messages)]
+        except RefusedError as error:
+            problem = Problem(row.line, "messages", str(error))
+            raise DataError(row.source or "chat row", [problem]) from None
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation with the generation prompt after it, uncut.
+
+        Raises:
+            DataError: as for :meth:`encode`.
+        """
+        try:
+            return self._ids(self._template.prompt(messages))[0]
+        except RefusedError as error:
+            raise DataError("conversation", [Problem(0, "messages", str(error))]) from None
+
+    def _cut(self, ids: list[int], trained: list[bool]) -> Encoded:
+        limit = len(ids) if self.max_length is None else self.max_length
+        return Encoded(ids[:limit], trained[:limit], max(0, len(ids) - limit))
+
+    def _ids(self, rendering: Rendering) -> tuple[list[int], list[bool]]:
+        expected = [id for id in self._template.control_ids(rendering.text) if id in self._control_ids]
+        found = None if rendering.spelled else self._in_one(rendering)
+        if found is None or not self._has_controls(found[0], expected):
+            found = self._in_pieces(rendering)
+            if not self._has_controls(found[0], expected):
+                raise RefusedError("the tokenizer makes control tokens of its text; remove what looks like one")
+        return found
+
+    def _has_controls(self, ids: list[int], expected: list[int]) -> bool:
+        return [id for id in ids if id in self._control_ids] == expected
+
+    def _in_one(self, rendering: Rendering) -> tuple[list[int], list[bool]] | None:
+        """Tokenize the whole text at once; ``None`` when a token lies across the edge of a span."""
+        encoding = self.tokenizer(
+            rendering.text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids: list[int] = encoding["input_ids"]
+        starts = [start for start, _ in encoding["offset_mapping"]]
+        ends = [end for _, end in encoding["offset_mapping"]]
+        trained = [False] * len(ids)
+        for start, end in rendering.spans:
+            first, last = bisect_left(starts, start), bisect_left(starts, end)
+            for token, edge in ((first, start), (last, end)):
+                # A gap before the edge is white space that offsets leave out, and may belong to the token behind it.
+                if token and ends[token - 1] != edge:
+                    return None
+            trained[first:last] = [True] * (last - first)
+        return ids, trained
+
+    def _in_pieces(self, rendering: Rendering) -> tuple[list[int], list[bool]]:
+        """Tokenize the text between control tokens apart, as plain text, with the beginning of each span an edge."""
+        pieces = list(self._template.pieces(rendering))
+        tokens = self._pieces.encode(pieces)
+        trained = [any(start <= piece.start and piece.end <= end for start, end in rendering.spans) for piece in pieces]
+        return (
+            [id for part in tokens for id in part],
+            [inside for part, inside in zip(tokens, trained, strict=True) for _ in part],
+        )
+
+
+class _PieceEncoder:
+    """Encodes the pieces of a text to what the tokenizer makes of them within the whole.
+
+    Some tokenizers put a space before whatever text they are given. For these, a piece is encoded behind a line
+    break, which is then removed. Which way is right is found out on a short conversation.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        wholes = [tokenizer(sample.text, add_special_tokens=False)["input_ids"] for sample in template.samples]
+        line_break = self._plain(["\n"])[0]
+
+        def exact(before: list[int]) -> bool:
+            found = [self._behind(list(template.pieces(sample)), before) for sample in template.samples]
+            return [[id for part in parts for id in part] for parts in found] == wholes
+
+        self._before = next((before for before in ([], line_break) if exact(before)), None)
+
+    def encode(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Return the tokens of each piece; in plain pieces, special tokens are not looked for."""
+        if self._before is None:
+            raise RefusedError(
+                "its text must be encoded in pieces (it spells a special token, or a token would lie across the "
+                "beginning of a response), and this tokenizer makes other tokens of pieces than of the whole"
+            )
+        return self._behind(pieces, self._before)
+
+    def _behind(self, pieces: Sequence[Piece], before: list[int]) -> list[list[int]]:
+        texts = [piece.text for piece in pieces if piece.control is None]
+        alone = iter(self._plain(texts))
+        behind = iter(self._plain(["\n" + text for text in texts]) if before else [])
+        found: list[list[int]] = []
+        for piece in pieces:
+            if piece.control is not None:
+                found.append([piece.control])
+                continue
+            tokens = next(alone)
+            if before:
+                longer = next(behind)
+                if piece.start and longer[: len(before)] == before:
+                    tokens = longer[len(before) :]
+            found.append(tokens)
+        return found
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoding = self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        return encoding["input_ids"]

@@ -1,0 +1,29 @@
+"""Defenses: one file a method. A new file in this folder, or an entry point, is all that a new one takes."""
+
+from holdtrue.defenses.base import (
+    Defense,
+    Features,
+    GradientContext,
+    LossDefense,
+    Needs,
+    RowsContext,
+    RunContext,
+    TokenChunk,
+)
+from holdtrue.defenses.catalog import DefenseInfo, Parameter, available, describe, parse
+
+__all__ = [
+    "Defense",
+    "DefenseInfo",
+    "Features",
+    "GradientContext",
+    "LossDefense",
+    "Needs",
+    "Parameter",
+    "RowsContext",
+    "RunContext",
+    "TokenChunk",
+    "available",
+    "describe",
+    "parse",
+]

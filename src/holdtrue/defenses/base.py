@@ -1,0 +1,172 @@
+"""What a defense is: a frozen, validated value with hooks at five points of a run.
+
+Data (``rows``), forward (``forward``), loss (``token_term``, ``feature_term`` of :class:`LossDefense`), gradient
+(``gradient``) and weights (``weights``). Every hook does nothing by default. The trainer knows these hooks and no method by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from holdtrue.data import ChatRow
+    from holdtrue.models import ModelSource
+
+Coverage = Literal["all", "response"]
+Badge = Literal["faithful", "corrected", "variant"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the trainer must supply at each step, once, shared by all defenses of the run.
+
+    Args:
+        tokens: the positions that ``token_term`` covers: ``all`` that are not padding, or those that predict a
+            trained token (``response``). ``None`` when the defense has no token term.
+        reference: whether the frozen model's log-probabilities (token term) or block outputs (feature term) are read.
+        blocks: chooses decoder blocks, as indices, from their number; ``None`` when there is no feature term.
+    """
+
+    tokens: Coverage | None = None
+    reference: bool = False
+    blocks: Callable[[int], Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Some token positions of a micro-batch, with both models' next-token log-probabilities.
+
+    Attributes:
+        policy: (n, vocabulary) float32 log-probabilities of the trained model, in nats, with a gradient.
+        reference: the same of the frozen reference, without a gradient; ``None`` unless a defense asked for it.
+        targets: (n,) the next token's id, -1 where the row ends.
+        trained: (n,) bool, whether cross-entropy covers the position.
+        place: (n,) int64, the position's place in its response from 0; -1 outside responses.
+        kind: (n,) int64, the row's kind (see ``holdtrue.data.KINDS``).
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    targets: Tensor
+    trained: Tensor
+    place: Tensor
+    kind: Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """Block outputs of a micro-batch, before the model's final norm.
+
+    Attributes:
+        policy: block index -> (batch, length, width), with a gradient.
+        reference: the same of the frozen reference, without one; ``None`` unless asked for.
+        mask: (batch, length) bool, False at padding.
+        kind: (batch,) int64, the rows' kinds.
+    """
+
+    policy: dict[int, Tensor]
+    reference: dict[int, Tensor] | None
+    mask: Tensor
+    kind: Tensor
+
+
+@dataclass(frozen=True)
+class RowsContext:
+    """Given to ``rows``: the number of task rows, the run's seed, where relative paths start, and a place for notes."""
+
+    task_rows: int
+    seed: int
+    folder: Path
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Given to ``preflight`` and ``weights``: the run's model, its adapted weights, and where relative paths start.
+
+    Attributes:
+        model: the resolved base model.
+        adapted: the adapted modules' names in the base model, with their weights' (d_out, d_in).
+        blocks: the number of decoder blocks.
+        folder: where relative paths of the spec start.
+        notes: filled by a hook with what it did; kept in the run.
+    """
+
+    model: ModelSource
+    adapted: dict[str, tuple[int, int]]
+    blocks: int
+    folder: Path
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GradientContext:
+    """Given to ``gradient``: the trainable parameters by name, with reduced gradients, and the step's number."""
+
+    parameters: dict[str, nn.Parameter]
+    step: int
+
+
+class Defense(BaseModel):
+    """Base of all defenses. Subclasses set ``name``, ``badge``, ``paper`` and override the hooks they use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    name: ClassVar[str]
+    badge: ClassVar[Badge]
+    paper: ClassVar[str]
+
+    def needs(self) -> Needs:
+        """Say what the trainer must supply at each step."""
+        return Needs()
+
+    def preflight(self, context: RunContext) -> None:
+        """Check, before the first step, that all that is needed can be had; raise ``NeedError`` otherwise."""
+
+    def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
+        """Add, select or rewrite training rows, lazily."""
+        yield from rows
+
+    def forward(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Wrap the policy's training passes, forward and backward; never the reference's nor an evaluation's."""
+        return contextlib.nullcontext()
+
+    def gradient(self, context: GradientContext) -> None:
+        """Change the gradients in place, once an optimizer step, before clipping."""
+
+    def weights(self, adapter: dict[str, Tensor], scaling: dict[str, float], context: RunContext) -> dict[str, Tensor]:
+        """Return a new adapter from the trained one.
+
+        Args:
+            adapter: tensors by the names of a PEFT file (``….lora_A.weight``, ``….lora_B.weight``).
+            scaling: module name -> the factor on ``B @ A``.
+            context: the run's model and notes.
+        """
+        return adapter
+
+
+class LossDefense(Defense):
+    """A defense that adds terms to the loss: at token positions, on block outputs, or both.
+
+    ``needs().tokens`` and ``needs().blocks`` say which of the two hooks is called. Both return *unweighted* values;
+    the trainer multiplies by ``weight`` and divides by the count of what the term covers, over the whole accumulation
+    window and all ranks. A weight of zero is exactly plain training.
+    """
+
+    weight: float = Field(default=0.0, ge=0)
+
+    def token_term(self, chunk: TokenChunk) -> Tensor:
+        """Return the term of each position of the chunk, (n,); its mean over covered positions is the loss term."""
+        raise TypeError(f"{self.name} asks for tokens and has no token_term")
+
+    def feature_term(self, features: Features) -> Tensor:
+        """Return the term of each example, (batch,); its mean over examples is the loss term."""
+        raise TypeError(f"{self.name} asks for blocks and has no feature_term")

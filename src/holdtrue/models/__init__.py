@@ -1,0 +1,67 @@
+"""Base models and adapters: where they come from, how they load, and what of them may be trusted.
+
+Names that need torch are imported on first use, so that ``import holdtrue.models`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from holdtrue.models.adapter_spec import AdapterSpec
+from holdtrue.models.source import ALIASES, ModelSource, resolve
+
+if TYPE_CHECKING:
+    from holdtrue.models.adapter_files import AdapterFile, read_adapter, write_adapter
+    from holdtrue.models.adapters import load_adapter, new_adapter, save_adapter, without_adapter
+    from holdtrue.models.checkpoint import Checkpoint, Factors
+    from holdtrue.models.layers import adapted_weights, causal_lm, decoder_blocks
+    from holdtrue.models.loading import Placement, load_model, load_tokenizer, placement
+
+_LATE = {
+    "AdapterFile": "adapter_files",
+    "read_adapter": "adapter_files",
+    "write_adapter": "adapter_files",
+    "load_adapter": "adapters",
+    "new_adapter": "adapters",
+    "save_adapter": "adapters",
+    "without_adapter": "adapters",
+    "Checkpoint": "checkpoint",
+    "Factors": "checkpoint",
+    "adapted_weights": "layers",
+    "causal_lm": "layers",
+    "decoder_blocks": "layers",
+    "Placement": "loading",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
+    "placement": "loading",
+}
+
+__all__ = [
+    "ALIASES",
+    "AdapterFile",
+    "AdapterSpec",
+    "Checkpoint",
+    "Factors",
+    "ModelSource",
+    "Placement",
+    "adapted_weights",
+    "causal_lm",
+    "decoder_blocks",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "new_adapter",
+    "placement",
+    "read_adapter",
+    "resolve",
+    "save_adapter",
+    "without_adapter",
+    "write_adapter",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)

@@ -1,0 +1,29 @@
+"""Runs: a spec becomes a directory, stage by stage. Nothing here imports torch before a stage needs it."""
+
+from holdtrue.runs.api import default_out
+from holdtrue.runs.compare import Comparison, Measure, compare_runs
+from holdtrue.runs.control import Control, Progress, rank
+from holdtrue.runs.directory import STAGES, Run, is_run
+from holdtrue.runs.evaluate import Target, brief, evaluate_run, evaluate_target
+from holdtrue.runs.spec import RunSpec, load_spec
+from holdtrue.runs.stages import execute
+
+__all__ = [
+    "STAGES",
+    "Comparison",
+    "Control",
+    "Measure",
+    "Progress",
+    "Run",
+    "RunSpec",
+    "Target",
+    "brief",
+    "compare_runs",
+    "default_out",
+    "evaluate_run",
+    "evaluate_target",
+    "execute",
+    "is_run",
+    "load_spec",
+    "rank",
+]

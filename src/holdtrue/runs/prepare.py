@@ -1,0 +1,146 @@
+"""Prepare: checks the data and the defenses' needs, then encodes the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdtrue.errors import DataError, Problem, SpecError
+from holdtrue.runs import files
+from holdtrue.runs.control import Control
+from holdtrue.runs.directory import Run
+from holdtrue.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    from holdtrue.data import ChatSummary, Prepared
+    from holdtrue.defenses.base import RunContext
+    from holdtrue.models import ModelSource
+
+PACKAGES = ("holdtrue", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+
+
+def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
+    """Validate, resolve the model, ask each defense for its needs, encode; writes ``data/`` and ``manifest.json``."""
+    from holdtrue.data import resolve_data, validate_chat
+    from holdtrue.evaluation import SUITES
+    from holdtrue.models import resolve
+
+    spec = run.spec
+    splits: dict[str, ChatSummary] = {}
+    for split, value in (("train", spec.data.train), ("validation", spec.data.validation)):
+        if value is not None:
+            splits[split] = validate_chat(resolve_data(value, spec.folder))
+            control.check(run.path)
+
+    for name in spec.evaluate.suites:
+        SUITES[name].check(suite_file(spec, name))
+    control.check(run.path)
+
+    source = resolve(spec.model, spec.revision)
+    notes: dict[str, dict[str, Any]] = {defense.name: {} for defense in spec.defenses}
+    if spec.defenses:
+        context = run_context(run, source)
+        for defense in spec.defenses:
+            defense.preflight(dataclasses.replace(context, notes=notes[defense.name]))
+    control.check(run.path)
+
+    data = _encode(run, control, source, splits, notes)
+    manifest = {
+        "model": describe_model(source, spec.model),
+        "data": data,
+        "defenses": notes,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    files.write_json(run.path / "manifest.json", manifest)
+    return {split: {key: entry[key] for key in ("rows", "sequences", "tokens")} for split, entry in data.items()}
+
+
+def describe_model(source: ModelSource, asked: str) -> dict[str, Any]:
+    """Return a model's entry in a manifest."""
+    return {
+        "asked": asked,
+        "name": source.name,
+        "revision": source.revision,
+        "origin": source.origin,
+        "path": str(source.path),
+    }
+
+
+def suite_file(spec: RunSpec, suite: str) -> Path:
+    """Return the file that a spec's suite is measured on."""
+    from holdtrue.data import resolve_data
+    from holdtrue.evaluation import SUITES
+
+    value = spec.evaluate.data.get(suite) or SUITES[suite].data
+    if value is None:
+        raise SpecError(f"suite {suite!r} needs rows: --data FILE, or evaluate.data.{suite} in the spec")
+    return resolve_data(value, spec.folder)
+
+
+def run_context(run: Run, source: ModelSource) -> RunContext:
+    """Return what ``preflight`` and ``weights`` are given; no weight of the model is loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from holdtrue.defenses.base import RunContext
+    from holdtrue.models import adapted_weights, decoder_blocks, new_adapter
+
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = new_adapter(AutoModelForCausalLM.from_config(config), run.spec.adapter, seed=run.spec.training.seed)
+    return RunContext(
+        model=source,
+        adapted=adapted_weights(model),
+        blocks=len(decoder_blocks(model)),
+        folder=run.spec.folder,
+    )
+
+
+def _encode(
+    run: Run,
+    control: Control,
+    source: ModelSource,
+    splits: dict[str, ChatSummary],
+    notes: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    from holdtrue.data import ChatEncoder, prepare_rows, read_chat
+    from holdtrue.defenses.base import RowsContext
+    from holdtrue.models import load_tokenizer
+
+    spec = run.spec
+    encoder = ChatEncoder(load_tokenizer(source), max_length=spec.training.max_length)
+    files.remove(run.path / "data")
+    (run.path / "data").mkdir()
+    entries: dict[str, dict[str, Any]] = {}
+    for split, summary in splits.items():
+        rows = read_chat(summary.path)
+        if split == "train":
+            for defense in spec.defenses:
+                context = RowsContext(
+                    task_rows=summary.rows, seed=spec.training.seed, folder=spec.folder, notes=notes[defense.name]
+                )
+                rows = defense.rows(rows, context)
+        watched = control.watch(rows, run.path, "prepare", summary.rows if split == "train" else None)
+        prepared = prepare_rows(watched, encoder, run.path / "data" / split)
+        _check_something_left(Path(summary.path), prepared)
+        files.sync_tree(run.path / "data" / split)
+        entries[split] = {
+            "path": str(summary.path),
+            "sha256": summary.sha256,
+            "bytes": summary.bytes,
+            "file_rows": summary.rows,
+            **_as_dict(prepared),
+        }
+    return entries
+
+
+def _as_dict(prepared: Prepared) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(prepared).items() if not isinstance(value, Path)}
+
+
+def _check_something_left(path: Path, prepared: Prepared) -> None:
+    if prepared.trained_tokens == 0:
+        message = "no token is left to train on: every answer lies beyond training.max_length; raise it"
+        raise DataError(path, [Problem(0, "", message)])

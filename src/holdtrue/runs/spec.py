@@ -1,0 +1,226 @@
+"""The spec of a run: a frozen value, read from YAML, with every fault named at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from holdtrue.defenses import Defense, parse
+from holdtrue.errors import SpecError, nearest
+from holdtrue.models import AdapterSpec
+from holdtrue.runs.reading import apply_overrides, read_mapping
+from holdtrue.training import TrainingSpec
+
+BUILTIN = "builtin:"
+LATER = {
+    "gate": "release gates are not part of this version yet",
+    "screen": "screening is not part of this version yet",
+}
+
+
+class DataSpec(BaseModel):
+    """Chat files: ``train``, and optionally ``validation``; a path or ``builtin:NAME``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str = Field(min_length=1)
+    validation: str | None = Field(default=None, min_length=1)
+
+
+class EvaluateSpec(BaseModel):
+    """What is measured after training.
+
+    Attributes:
+        suites: names of suites; empty means ``likelihood``, and ``fit`` where there is data for it.
+        data: suite -> a file (or ``builtin:NAME``) in place of the suite's own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suites: tuple[str, ...] = ()
+    data: dict[str, str] = Field(default_factory=dict)
+
+
+class RunSpec(BaseModel):
+    """All that determines a run. Relative paths start at ``folder``, which ``load_spec`` sets to the spec's folder.
+
+    Raises:
+        SpecError: listing every fault, with the nearest name for what is misspelled.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1)
+    revision: str | None = None
+    data: DataSpec
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    defenses: tuple[SerializeAsAny[Defense], ...] = ()
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    folder: Path = Field(default_factory=Path.cwd)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SpecError(_explain(error)) from None
+
+    @field_validator("defenses", mode="before")
+    @classmethod
+    def _parse_defenses(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+            raise ValueError("must be a list, such as [kl, {interleave: {fraction: 0.05}}]")
+        return parse(list(value))
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _needs_adapter(cls, value: Any) -> Any:
+        if value is None or value is False:
+            raise ValueError(
+                "full fine-tuning (no adapter) is not supported yet: the frozen reference is the model with its "
+                "adapter off; remove the key for the default adapter"
+            )
+        return value
+
+    @field_validator("training", "data", "evaluate", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _resolve(self) -> Self:
+        folder = self.folder.expanduser().absolute()
+        data = DataSpec(train=_place(self.data.train, folder), validation=_place(self.data.validation, folder))
+        files = {suite: _place(value, folder) for suite, value in self.evaluate.data.items()}
+        suites = self.evaluate.suites
+        if not suites:
+            suites = ("likelihood", "fit") if data.validation or "fit" in files else ("likelihood",)
+        _check_suites(suites, files)
+        if "fit" in suites and "fit" not in files:
+            if data.validation is None:
+                raise ValueError("evaluate: suite 'fit' needs held-out rows: set data.validation or evaluate.data.fit")
+            files["fit"] = data.validation
+        # The model is frozen for its users; its own paths are made whole here, once.
+        object.__setattr__(self, "folder", folder)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "evaluate", EvaluateSpec(suites=suites, data=files))
+        object.__setattr__(self, "model", _model_path(self.model, folder))
+        return self
+
+    @field_serializer("defenses")
+    def _write_defenses(self, defenses: Sequence[Defense]) -> list[dict[str, Any]]:
+        return [{defense.name: defense.model_dump(mode="json")} for defense in defenses]
+
+    def canonical(self) -> dict[str, Any]:
+        """Return the whole spec as JSON values, defaults included; ``RunSpec(**spec.canonical()) == spec``."""
+        return self.model_dump(mode="json")
+
+    def hash(self) -> str:
+        """Return the SHA-256 of the canonical JSON, in hex: what makes two runs the same run."""
+        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Read a spec from a YAML (or JSON) file.
+
+    Args:
+        path: the file; relative paths inside start at its folder.
+        overrides: ``key.path=value`` each; a value is read as YAML. ``defenses.kl.weight=1.0`` reaches into the list.
+
+    Raises:
+        SpecError: the file cannot be read, a key is duplicated or unknown, a value is wrong.
+    """
+    path = Path(path)
+    values = apply_overrides(read_mapping(path), overrides)
+    values["folder"] = path.absolute().parent / str(values.get("folder", "."))
+    try:
+        return RunSpec(**values)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List what differs between two canonical specs, a line each such as ``training.seed: 0 there, 1 here``."""
+    found: list[str] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        was, now = old.get(key), new.get(key)
+        if was == now:
+            continue
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += differences(was, now, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}: {json.dumps(was)} there, {json.dumps(now)} here")
+    return found
+
+
+def _place(value: str | None, folder: Path) -> Any:
+    from holdtrue.data import resolve_data
+
+    if value is None:
+        return None
+    path = resolve_data(value, folder)
+    return value if value.startswith(BUILTIN) else str(path)
+
+
+def _model_path(value: str, folder: Path) -> str:
+    place = folder / Path(value).expanduser()
+    looks_local = value.startswith((".", "/", "~"))
+    return str(place) if looks_local or (place / "config.json").is_file() else value
+
+
+def _check_suites(suites: Sequence[str], files: Mapping[str, str]) -> None:
+    from holdtrue.evaluation import SUITES
+
+    for where, names in (("evaluate.suites", suites), ("evaluate.data", files)):
+        for name in names:
+            if name not in SUITES:
+                raise ValueError(f"{where}: no suite {name!r}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
+    if len(set(suites)) < len(suites):
+        raise ValueError("evaluate.suites: a suite is named twice")
+
+
+def _explain(error: ValidationError) -> str:
+    lines = [_line(fault["loc"], fault["type"], fault["msg"], fault.get("input")) for fault in error.errors()]
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return f"{count} in the spec\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _line(place: Sequence[int | str], kind: str, message: str, value: Any) -> str:
+    where = ".".join(str(part) for part in place)
+    if kind == "extra_forbidden":
+        if where in LATER:
+            return f"{where}: {LATER[where]}, it comes later; remove the key"
+        known = _fields(place[:-1])
+        return f"{where}: unknown key{nearest(str(place[-1]), known) or '; known here: ' + ', '.join(sorted(known))}"
+    if kind == "missing":
+        return f"{where}: missing"
+    message = message.removeprefix("Value error, ")
+    shown = "" if kind == "value_error" else f" (it is {value!r})"
+    return f"{where}: {message}{shown}" if where else f"{message}{shown}"
+
+
+def _fields(place: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] = RunSpec
+    for part in place:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return [name for name in model.model_fields if name != "folder"]

@@ -1,0 +1,196 @@
+"""The train stage's work: from a model, rows and a spec to a trained adapter, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from holdtrue.defenses import Defense
+from holdtrue.training.spec import TrainingSpec
+from holdtrue.training.trainer import PARTIAL, DefendedTrainer, checkpoints, verify
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def fit(
+    *,
+    model: PeftModel,
+    tokenizer: Any,
+    rows: Any,
+    validation: Any | None,
+    spec: TrainingSpec,
+    defenses: Sequence[Defense],
+    folder: Path,
+    progress: Progress | None = None,
+    resume: bool = True,
+    stop: Event | None = None,
+) -> dict[str, Any]:
+    """Train ``model``'s adapter in place and return a summary.
+
+    Args:
+        model: a base model with a new LoRA adapter.
+        tokenizer: the model's.
+        rows: prepared rows (``holdtrue.data.load_prepared``).
+        validation: prepared held-out rows, or ``None``.
+        spec: the settings.
+        defenses: the run's defenses.
+        folder: gets ``checkpoints/`` and ``metrics.jsonl``.
+        progress: called after each optimizer step with its metrics, ``step``, ``steps`` and ``seconds_left``.
+        resume: go on from the last whole checkpoint where there is one.
+        stop: once set, the run saves a checkpoint after the step in hand and returns.
+
+    Raises:
+        NeedError: a need of a defense is not met by the model.
+        RunError: training diverged, or a checkpoint is corrupt.
+    """
+    device = next(model.parameters()).device
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    saved = checkpoints(folder / "checkpoints") if resume else []
+    if not resume:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints" / PARTIAL, ignore_errors=True)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=spec.epochs,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=spec.warmup_steps,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        optim="adamw_torch",
+        per_device_train_batch_size=spec.micro_batch_size,
+        per_device_eval_batch_size=spec.micro_batch_size,
+        gradient_accumulation_steps=max(1, spec.batch_size // (spec.micro_batch_size * world)),
+        gradient_checkpointing=spec.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
+        save_strategy="steps",
+        save_steps=spec.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if spec.eval_every and validation is not None else "no",
+        eval_steps=spec.eval_every or None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(spec.report_to) or "none",
+        seed=spec.seed,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+    if saved:
+        verify(saved[-1])
+    start_step = int(saved[-1].name.rsplit("-", 1)[1]) if saved else 0
+    main = int(os.environ.get("RANK", "0")) == 0
+    recorder = _Recorder(folder / "metrics.jsonl" if main else None, start_step, progress, stop)
+    trainer = DefendedTrainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        defenses=defenses,
+        kl_every=spec.kl_every,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(_printer())
+    if spec.gradient_checkpointing:
+        model.enable_input_require_grads()
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+    done = trainer.state.global_step >= trainer.state.max_steps
+    final = trainer.evaluate() if validation is not None and done else {}
+    return recorder.summary() | final | {
+        "steps": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
+        "resumed_from": start_step,
+        "train_seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory(device),
+        "interrupted": not done,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: allocated on a GPU, resident of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+class _Recorder(TrainerCallback):
+    """Appends each step's metrics to a file, tells the progress, and stops the loop when asked to."""
+
+    def __init__(self, path: Path | None, start_step: int, progress: Progress | None, stop: Event | None) -> None:
+        self._path, self._progress, self._stop = path, progress, stop
+        self._started, self._first = time.perf_counter(), start_step
+        self._kept = self._keep_until(start_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or not ({"loss", "eval_loss"} & set(logs)):
+            return
+        record = {"step": state.global_step, **logs}
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self._kept.append(record)
+        if self._progress is not None and "loss" in logs:
+            done = state.global_step - self._first
+            each = (time.perf_counter() - self._started) / max(1, done)
+            left = (state.max_steps - state.global_step) * each
+            self._progress({**record, "steps": state.max_steps, "seconds_left": left})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self._stop is not None and self._stop.is_set() and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def summary(self) -> dict[str, Any]:
+        """Return totals over the whole run, earlier sittings included."""
+        steps = [r for r in self._kept if "loss" in r]
+        tokens, seconds = sum(r["tokens"] for r in steps), sum(r["seconds"] for r in steps)
+        slots = sum(r["tokens"] / (1 - r["padding"]) for r in steps)
+        return {
+            "tokens": int(tokens),
+            "target_tokens": int(sum(r["target_tokens"] for r in steps)),
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "padding": 1 - tokens / slots if slots else 0.0,
+        }
+
+    def _keep_until(self, step: int) -> list[dict[str, Any]]:
+        """Drop what was logged after the checkpoint, and a line that a kill cut short."""
+        if self._path is None or not self._path.exists():
+            return []
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["step"] <= step:
+                kept.append(record)
+        partial = self._path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+        return kept

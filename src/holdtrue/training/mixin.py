@@ -1,0 +1,288 @@
+"""Defenses inside a ``transformers`` training loop: the part that Trainer subclasses share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from holdtrue.defenses import Defense, Features, GradientContext, LossDefense, Needs
+from holdtrue.errors import NeedError, RunError
+from holdtrue.models import causal_lm, decoder_blocks
+from holdtrue.training.batch import COUNTS, Batch
+from holdtrue.training.objective import TokenTerm, token_objective
+from holdtrue.training.reference import ReferenceOutputs, captured_blocks, final_hidden, reference_outputs
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+@dataclass
+class MicroStep:
+    """What one forward pass of the policy is told, and the sums that it gives back."""
+
+    batch: Batch
+    reference: ReferenceOutputs | None
+    counts: dict[str, float]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+class DefenseMixin(_Base):
+    """Adds ``defenses`` to a Trainer; put it before the Trainer among the bases.
+
+    The objective is computed inside the wrapped model's forward, so that DDP and FSDP synchronize as they always do.
+    Each term is divided by the count of what it covers over the whole accumulation window and all ranks.
+
+    Args:
+        defenses: values, names or mappings as in a spec, in any order.
+        kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one.
+
+    Raises:
+        NeedError: the model has no LoRA adapter, or computes its logits in a way that the objective does not.
+    """
+
+    def __init__(
+        self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any
+    ) -> None:
+        from holdtrue.defenses import parse
+
+        self.defenses: tuple[Defense, ...] = parse(defenses)
+        self.kl_every = kl_every
+        self._losses: list[tuple[LossDefense, Needs]] = [
+            (d, d.needs()) for d in self.defenses if isinstance(d, LossDefense) and d.weight > 0
+        ]
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = True
+        self.args.logging_nan_inf_filter = False
+        self._check_model()
+        count = len(decoder_blocks(self.model))
+        self._blocks = {d.name: tuple(n.blocks(count)) for d, n in self._losses if n.blocks is not None}
+        self._window: dict[str, Tensor] = {}
+        self._counts: dict[str, float] = {}
+        self._window_started = 0.0
+        self.step_metrics: dict[str, float] = {}
+
+    # What a run may do
+
+    def _check_model(self) -> None:
+        from peft import PeftModel
+
+        if not isinstance(self.model, PeftModel):
+            raise NeedError(
+                "full fine-tuning is not supported: the reference is the model with its adapter off, so give a "
+                "PeftModel with a LoRA adapter"
+            )
+        lm = causal_lm(self.model)
+        head = lm.get_output_embeddings()
+        if any(p.requires_grad for p in head.parameters()):
+            raise NeedError("the output head is trainable: take it out of the adapter's target modules")
+        ids = torch.arange(8, device=next(lm.parameters()).device).unsqueeze(0)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            expected, computed = lm(input_ids=ids).logits, head(final_hidden(lm, ids))
+        self.model.train(training)
+        if not torch.allclose(expected.float(), computed.float(), rtol=1e-3, atol=1e-3):
+            raise NeedError(
+                f"{type(lm).__name__} does more to its logits than its output head (a cap or a scale): not supported"
+            )
+
+    # The accumulation window
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Draw the window's micro-batches and count, over all ranks, what each term covers."""
+        self._window_started = time.perf_counter()
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        totals = sum((Batch.of(b).counts() for b in batches), torch.zeros(len(COUNTS), dtype=torch.float64))
+        totals = self.accelerator.reduce(totals.to(device), reduction="sum")
+        self._counts = dict(zip(COUNTS, totals.tolist(), strict=True))
+        self._window = {}
+        return batches, self._counts["trained"]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run one micro-batch forward and backward; after the window's last, the gradient hooks and the metrics."""
+        inputs = self._prepare_inputs(inputs)
+        batch = Batch.of(inputs)
+        step = MicroStep(batch, self._reference(batch), self._counts)
+        with contextlib.ExitStack() as stack:
+            for defense in self.defenses:
+                stack.enter_context(defense.forward(model))
+            loss = super().training_step(model, {"holdtrue_step": step}, num_items_in_batch)
+        for name, value in step.sums.items():
+            self._window[name] = self._window[name] + value if name in self._window else value
+        if self.accelerator.sync_gradients:
+            self._finish_window(model)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Call the wrapped model, whose forward computes the objective of the micro-batch."""
+        step: MicroStep = inputs["holdtrue_step"]
+        with self._objective_forward():
+            outputs = model(input_ids=step.batch.input_ids, holdtrue_step=step)
+        # DDP averages gradients over ranks; the counts are sums over ranks.
+        loss = outputs["loss"] * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _finish_window(self, model: nn.Module) -> None:
+        parameters = {n: p for n, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        for defense in self.defenses:
+            defense.gradient(GradientContext(parameters, self.state.global_step))
+        names = sorted(self._window)
+        values = torch.stack([self._window[n].double() for n in names])
+        sums = dict(zip(names, self.accelerator.reduce(values, reduction="sum").tolist(), strict=True))
+        self.step_metrics = self._metrics(sums, time.perf_counter() - self._window_started)
+        if not all(map(math.isfinite, self.step_metrics.values())):
+            bad = [n for n, v in self.step_metrics.items() if not math.isfinite(v)]
+            raise RunError(
+                f"training diverged at step {self.state.global_step + 1}: {', '.join(bad)} is not finite. "
+                "Lower the learning rate or the weights, or look for broken rows"
+            )
+
+    def _metrics(self, sums: dict[str, float], seconds: float) -> dict[str, float]:
+        c = self._counts
+        metrics = {"ce": _mean(sums["ce"], c["trained"])}
+        if c["trained"] != c["trained_task"]:
+            metrics["ce_task"] = _mean(sums["ce_task"], c["trained_task"])
+            metrics["ce_safe"] = _mean(sums["ce"] - sums["ce_task"], c["trained"] - c["trained_task"])
+        if "kl" in sums:
+            metrics["kl"] = _mean(sums["kl"], c["response"])
+        for defense, needs in self._losses:
+            raw = 0.0
+            if needs.tokens is not None:
+                raw += _mean(sums[f"defense/{defense.name}"], c[_count_name(needs)])
+            if needs.blocks is not None:
+                raw += _mean(sums[f"features/{defense.name}"], c["examples"])
+            metrics[f"{defense.name}_term"] = raw
+            metrics[f"{defense.name}_weighted"] = defense.weight * raw
+        return metrics | {
+            "tokens": c["tokens"],
+            "target_tokens": c["trained"],
+            "padding": 1 - c["tokens"] / c["slots"],
+            "seconds": seconds,
+            "tokens_per_second": c["tokens"] / seconds,
+        }
+
+    # The objective of one micro-batch
+
+    def _reference(self, batch: Batch) -> ReferenceOutputs | None:
+        measured = self.kl_every > 0 and self.state.global_step % self.kl_every == 0
+        if not measured and not any(needs.reference for _, needs in self._losses):
+            return None
+        blocks = sorted({i for indices in self._blocks.values() for i in indices})
+        return reference_outputs(self.accelerator.unwrap_model(self.model), batch.input_ids, blocks)
+
+    @contextlib.contextmanager
+    def _objective_forward(self) -> Iterator[None]:
+        lm = causal_lm(self.accelerator.unwrap_model(self.model))
+
+        def forward(*_: Any, input_ids: Tensor, holdtrue_step: MicroStep, **__: Any) -> dict[str, Tensor]:
+            return {"loss": self._objective(lm, input_ids, holdtrue_step)}
+
+        lm.forward = forward
+        try:
+            yield
+        finally:
+            del lm.forward
+
+    def _objective(self, lm: Any, input_ids: Tensor, step: MicroStep) -> Tensor:
+        batch, reference, counts = step.batch, step.reference, step.counts
+        blocks = sorted({i for indices in self._blocks.values() for i in indices})
+        with captured_blocks(lm, blocks) as captured:
+            hidden = final_hidden(lm, input_ids)
+        covered = "all" if any(n.tokens == "all" for _, n in self._losses) else "response"
+        positions = batch.positions(covered)
+        rows = hidden.flatten(0, 1)[positions.flat]
+        terms = [
+            TokenTerm(d.name, n.tokens, _coefficient(d.weight, counts[_count_name(n)]), d.token_term)
+            for d, n in self._losses
+            if n.tokens is not None
+        ]
+        loss, sums = token_objective(
+            rows,
+            lm.get_output_embeddings(),
+            positions,
+            ce_coefficient=_coefficient(1.0, counts["trained"]),
+            terms=terms,
+            reference_hidden=None if reference is None else reference.hidden.flatten(0, 1)[positions.flat],
+            vocabulary=lm.config.vocab_size,
+        )
+        step.sums.update(sums)
+        examples = batch.mask.any(1)
+        for defense, _ in ((d, n) for d, n in self._losses if n.blocks is not None):
+            own = self._blocks[defense.name]
+            features = Features(
+                {i: captured[i] for i in own},
+                None if reference is None else {i: reference.blocks[i] for i in own},
+                batch.mask,
+                batch.kind,
+            )
+            total = torch.where(examples, defense.feature_term(features), 0.0).sum()
+            step.sums[f"features/{defense.name}"] = total.detach()
+            loss = loss + _coefficient(defense.weight, counts["examples"]) * total
+        # Ties the loss to every adapter weight also where nothing is covered, or DDP would wait for gradients.
+        return loss + 0.0 * hidden.sum()
+
+    # Measuring and logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the step's metrics beside the Trainer's own."""
+        if "loss" in logs:
+            logs = logs | self.step_metrics
+        super().log(logs, start_time)
+
+    def validation_metrics(self, batches: Any) -> dict[str, float]:
+        """Return ``ce`` and ``kl`` to the reference, nats per response token over all ranks' batches."""
+        model = self.accelerator.unwrap_model(self.model)
+        lm, training = causal_lm(model), model.training
+        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        model.eval()
+        try:
+            with torch.no_grad():
+                for inputs in batches:
+                    batch = Batch.of(self._prepare_inputs(inputs))
+                    positions = batch.positions("response")
+                    reference = reference_outputs(model, batch.input_ids)
+                    sums = token_objective(
+                        final_hidden(lm, batch.input_ids).flatten(0, 1)[positions.flat],
+                        lm.get_output_embeddings(),
+                        positions,
+                        ce_coefficient=0.0,
+                        reference_hidden=reference.hidden.flatten(0, 1)[positions.flat],
+                        vocabulary=lm.config.vocab_size,
+                    ).sums
+                    zero = totals.new_zeros(())
+                    counts = batch.counts()
+                    totals += torch.stack(
+                        [sums.get("ce", zero), counts[1].to(zero), sums.get("kl", zero), counts[3].to(zero)]
+                    ).double()
+        finally:
+            model.train(training)
+        ce, trained, kl, response = self.accelerator.reduce(totals, reduction="sum").tolist()
+        return {"ce": _mean(ce, trained), "kl": _mean(kl, response), "target_tokens": trained}
+
+
+def _count_name(needs: Needs) -> str:
+    return "tokens" if needs.tokens == "all" else "response"
+
+
+def _coefficient(weight: float, count: float) -> float:
+    return weight / count if count else 0.0
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else 0.0

@@ -1,0 +1,55 @@
+"""The frozen reference: the policy itself with its adapter off, run once a batch for all who ask."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from holdtrue.models import causal_lm, decoder_blocks, without_adapter
+
+
+@dataclass(frozen=True)
+class ReferenceOutputs:
+    """``hidden``: (batch, length, width) final states after the final norm. ``blocks``: index -> block outputs."""
+
+    hidden: Tensor
+    blocks: dict[int, Tensor]
+
+
+@contextlib.contextmanager
+def captured_blocks(model: nn.Module, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of the decoder blocks ``indices`` while the context is open."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            outputs[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    blocks = decoder_blocks(model)
+    handles = [blocks[i].register_forward_hook(keep(i)) for i in indices]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def final_hidden(lm: Any, input_ids: Tensor) -> Tensor:
+    """Return the decoder's final hidden states after its final norm, (batch, length, width).
+
+    Right padding needs no mask: under causal attention no real position sees what follows it.
+    """
+    return lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def reference_outputs(model: nn.Module, input_ids: Tensor, blocks: Sequence[int] = ()) -> ReferenceOutputs:
+    """Run the model with its adapter off, without dropout or gradient, and leave it as it was found."""
+    with without_adapter(model), captured_blocks(model, blocks) as outputs:
+        hidden = final_hidden(causal_lm(model), input_ids)
+    return ReferenceOutputs(hidden, outputs)

@@ -1,0 +1,29 @@
+"""``DefendedSFTTrainer``: TRL's ``SFTTrainer`` with defenses (extra ``trl``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from holdtrue.errors import SpecError
+from holdtrue.training.mixin import DefenseMixin
+
+try:
+    from trl import SFTTrainer
+except ImportError as error:
+    raise SpecError("DefendedSFTTrainer needs TRL: pip install 'holdtrue[trl]'") from error
+
+
+class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
+    """TRL's ``SFTTrainer`` that takes ``defenses=[...]``; data, masks and batches stay TRL's.
+
+    Raises:
+        NeedError: the model has no LoRA adapter (give ``peft_config`` or a ``PeftModel``).
+        SpecError: packing or padding-free batches are asked for, whose rows the objective cannot tell apart.
+    """
+
+    def __init__(self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any) -> None:
+        config = kwargs.get("args")
+        if config is not None and (config.packing or config.padding_free):
+            raise SpecError("defenses need padded batches: set packing=False and padding_free=False")
+        super().__init__(*args, defenses=defenses, kl_every=kl_every, **kwargs)

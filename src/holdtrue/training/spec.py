@@ -1,0 +1,54 @@
+"""How a run trains: the paper's set-up as defaults, without torch."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+
+class TrainingSpec(BaseModel):
+    """Settings of the optimizer and the loop; AdamW, linear decay after a warm-up.
+
+    Attributes:
+        epochs: passes over the rows.
+        learning_rate: the peak, after warm-up.
+        batch_size: rows in one optimizer step, over all processes.
+        micro_batch_size: rows in one forward pass of one process; must divide ``batch_size`` evenly.
+        max_length: tokens of a row; the rest is cut, counted and reported.
+        seed: of the adapter's initial weights, the order of rows and the choices of defenses.
+        warmup_steps: optimizer steps of linear warm-up.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
+        save_every: optimizer steps between checkpoints.
+        eval_every: optimizer steps between measurements of the validation loss; 0 measures at the end only.
+        kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one;
+            0 turns them off.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        report_to: experiment trackers that receive the metrics (``tensorboard``, ``wandb``, ``mlflow``, ``trackio``).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    epochs: PositiveInt = 1
+    learning_rate: PositiveFloat = 1e-4
+    batch_size: PositiveInt = 16
+    micro_batch_size: PositiveInt = 4
+    max_length: int = Field(default=2048, ge=8)
+    seed: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = 5
+    weight_decay: NonNegativeFloat = 0.01
+    max_grad_norm: NonNegativeFloat = 1.0
+    save_every: PositiveInt = 50
+    eval_every: NonNegativeInt = 0
+    kl_every: NonNegativeInt = 10
+    gradient_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self

@@ -1,0 +1,168 @@
+"""``DefendedTrainer``: a ``transformers.Trainer`` that tunes with defenses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch.utils.data import DataLoader
+
+from holdtrue.data.batching import Collator, WindowSampler, WithGhost
+from holdtrue.errors import RunError
+from holdtrue.training.mixin import DefenseMixin
+
+PARTIAL = "partial"
+SEAL = "holdtrue_seal.json"
+
+
+class DefendedTrainer(DefenseMixin, transformers.Trainer):
+    """A ``transformers.Trainer`` that takes ``defenses=[...]``.
+
+    Rows have ``input_ids`` and ``trained`` or ``labels`` (see :class:`holdtrue.data.batching.Collator`), and may have
+    ``length``, ``kind`` and ``ce``. Batches are made by :class:`holdtrue.data.batching.WindowSampler`; the rows of an
+    optimizer step do not depend on how they are split over micro-batches and ranks.
+
+    Args:
+        model: a ``PeftModel`` with a LoRA adapter.
+        args: ``transformers.TrainingArguments``.
+        defenses: values, names or mappings, in any order.
+        kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one.
+        kwargs: everything else that ``transformers.Trainer`` takes.
+
+    Raises:
+        NeedError: the model has no adapter, or computes its logits in a way that the objective does not.
+        SpecError: an unknown defense or parameter.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: transformers.TrainingArguments,
+        *,
+        defenses: Sequence[Any] = (),
+        kl_every: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        tokenizer = kwargs.get("processing_class")
+        pad = getattr(tokenizer, "pad_token_id", None)
+        kwargs.setdefault("data_collator", Collator(0 if pad is None else pad))
+        args.remove_unused_columns = False
+        super().__init__(model, args, defenses=defenses, kl_every=kl_every, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return this rank's micro-batches; already sharded, so not to be prepared by accelerate."""
+        return self._loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure ``<prefix>_loss`` (CE) and ``<prefix>_kl``, nats per response token, on the validation rows."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = self._loader(rows, self.args.per_device_eval_batch_size, shuffle=False)
+        found = self.validation_metrics(loader)
+        metrics = {
+            f"{metric_key_prefix}_loss": found["ce"],
+            f"{metric_key_prefix}_kl": found["kl"],
+            f"{metric_key_prefix}_target_tokens": found["target_tokens"],
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _loader(self, rows: Any, micro_batch_size: int, *, shuffle: bool) -> DataLoader:
+        columns = getattr(rows, "column_names", None) or list(rows[0])
+        lengths = rows["length"] if "length" in columns else [len(row["input_ids"]) for row in rows]
+        ranks = self.args.world_size
+        sampler = WindowSampler(
+            lengths,
+            rows["kind"] if "kind" in columns and shuffle else None,
+            batch_size=micro_batch_size * ranks * (self.args.gradient_accumulation_steps if shuffle else 1),
+            micro_batch_size=micro_batch_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            rank=self.args.process_index,
+            ranks=ranks,
+            shuffle=shuffle,
+        )
+        return _EpochLoader(
+            WithGhost(rows),  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    # Checkpoints appear whole or not at all
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(super()._get_output_dir(trial)) / PARTIAL) if self._saving else super()._get_output_dir(trial)
+
+    _saving = False
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        partial = folder / PARTIAL
+        self._saving = True
+        try:
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._saving = False
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            seal(partial / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(partial / name, folder / name)
+            partial.rmdir()
+            for old in checkpoints(folder)[: -(self.args.save_total_limit or 10**9)]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+
+class _EpochLoader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        sampler: Any = self.batch_sampler
+        sampler.set_epoch(epoch)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the whole checkpoints of a folder, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / SEAL).is_file()]
+    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def seal(checkpoint: Path) -> None:
+    """Flush a checkpoint's files to disk, and write down their digests."""
+    digests = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digests[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    (checkpoint / SEAL).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare a checkpoint with its seal.
+
+    Raises:
+        RunError: a file is missing or differs.
+    """
+    try:
+        digests = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        for name, digest in digests.items():
+            with (checkpoint / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise ValueError(f"{name} has changed since it was written")
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"checkpoint {checkpoint} is corrupt: {error}. Delete that folder and resume: "
+            "the run goes on from the checkpoint before it, or from the start"
+        ) from error

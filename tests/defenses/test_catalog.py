@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from holdtrue.defenses import available, describe, parse
+from holdtrue.defenses.kl import KL
+from holdtrue.errors import SpecError
+
+
+def test_the_papers_four_are_there():
+    assert {"kl", "ldifs", "safelora", "interleave"} <= set(available())
+
+
+@pytest.mark.parametrize("name", ["kl", "ldifs", "safelora", "interleave"])
+def test_each_is_described(name):
+    info = describe(available()[name])
+    assert info.badge in ("faithful", "corrected", "variant")
+    assert "arXiv" in info.paper
+    assert info.summary
+    assert all(p.meaning for p in info.parameters), info.parameters
+
+
+def test_the_papers_defaults():
+    (kl,) = parse(["kl"])
+    assert kl.model_dump() == {"weight": 0.1, "direction": "policy||reference", "tokens": "all"}
+
+
+def test_order_is_canonical():
+    assert parse(["safelora", {"kl": {"weight": 2}}, "interleave"]) == parse(
+        ["interleave", KL(weight=2), {"safelora": {}}]
+    )
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (["lk"], "did you mean 'kl'"),
+        ([{"kl": {"wieght": 1}}], "did you mean 'weight'"),
+        ([{"kl": {"weight": -1}}], "defenses.kl.weight: Input should be greater than or equal to 0, got -1"),
+        ([{"kl": {"weight": float("nan")}}], "defenses.kl.weight"),
+        ([{"kl": {"direction": "sideways"}}], "defenses.kl.direction"),
+        (["kl", {"kl": {}}], "twice"),
+        ([{"kl": {}, "ldifs": {}}], "neither a name nor"),
+        ([{"kl": 3}], "expected parameters"),
+        ([{"interleave": {"fraction": 1.5}}], "defenses.interleave.fraction"),
+    ],
+)
+def test_faults_are_named(items, words):
+    with pytest.raises(SpecError, match=words):
+        parse(items)
+
+
+def test_a_defense_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        KL().weight = 3  # type: ignore[misc]
+
+
+def test_listing_loads_no_torch():
+    code = "import sys; from holdtrue.defenses import available; available(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
