@@ -50,7 +50,8 @@ def adapter_folder(path, seed, r=3, alpha=6):
 
 
 def update(tensors, scale, m):
-    return scale * tensors[f"base_model.model.{m}.lora_B.weight"] @ tensors[f"base_model.model.{m}.lora_A.weight"]
+    a, b = (tensors[f"base_model.model.{m}.lora_{x}.weight"].double() for x in "AB")
+    return scale * b @ a
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def check(defense, v, trained, scaling, context, threshold):
 def test_two_checkpoints(setting, threshold):
     base, other, trained, scaling, context = setting
     defense = SafeLoRA(unaligned="unaligned", threshold=threshold)
-    changed = check(defense, lambda m: base[f"{m}.weight"] - other[f"{m}.weight"], trained, scaling, context, threshold)
+    changed = check(defense, lambda m: base[f"{m}.weight"].double() - other[f"{m}.weight"].double(), trained, scaling, context, threshold)
     assert changed == len(context.notes["projected"])
     assert changed == {-1.0: 0, 1.0: 3}.get(threshold, changed)
 
@@ -107,7 +108,7 @@ def test_two_adapters_and_an_adapter_against_a_checkpoint(setting, tmp_path):
     )
     check(
         SafeLoRA(aligned="safe", unaligned="unaligned", threshold=1.0),
-        lambda m: base[f"{m}.weight"] + update(safe, s1, m) - other[f"{m}.weight"],
+        lambda m: base[f"{m}.weight"].double() + update(safe, s1, m) - other[f"{m}.weight"],
         trained,
         scaling,
         context,

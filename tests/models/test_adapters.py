@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -326,8 +326,10 @@ def test_a_reference_pass_between_forward_and_backward_leaves_the_gradient_alone
 
 
 def test_no_adapter_no_reference(tiny_model: Load) -> None:
-    with pytest.raises(NeedError, match="no adapter"), without_adapter(tiny_model()):
-        pass
+    prompts = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for model in (tiny_model(), prompts):
+        with pytest.raises(NeedError, match="no adapter"), without_adapter(model):
+            pass
 
 
 def test_a_copied_adapter_needs_only_its_folder(tiny_model: Load, saved: Path, tmp_path: Path) -> None:
