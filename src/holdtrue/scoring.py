@@ -46,7 +46,7 @@ def score_answers(
     encoder: ChatEncoder,
     rows: Iterable[ChatRow],
     *,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 1024,
     progress: Progress | None = None,
 ) -> list[AnswerScore]:
     """Score each row's answer; of a row with several trained turns, the mean over its answers and all their tokens.
@@ -71,7 +71,7 @@ def score_turns(
     encoder: ChatEncoder,
     rows: Iterable[ChatRow],
     *,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 1024,
     progress: Progress | None = None,
 ) -> list[RowScores]:
     """Score each trained assistant turn of each row; arguments as in :func:`score_answers`."""

@@ -162,7 +162,7 @@ def _record(line: bytes | None) -> dict[str, Any] | list[Problem]:
     if line is None:
         return [Problem(0, "", f"the line is longer than {MAX_LINE_BYTES // 2**20} MB; a row that long is a mistake")]
     try:
-        value = _decode(line.decode())
+        value = _decode(line.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
         return [Problem(0, "", f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}")]
     except json.JSONDecodeError as error:

@@ -138,8 +138,8 @@ def _require(model: nn.Module) -> PeftModel:
     # A PEFT model by prompts has no layers to switch off: its "reference" would be the policy itself.
     if adapted is None or not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
         raise NeedError(
-            f"{type(model).__name__} has no adapter that can be switched off: the reference is the model with its adapter off. Put one on with "
-            "new_adapter; full fine-tuning is not supported yet."
+            f"{type(model).__name__} has no adapter that can be switched off: the reference is the model with its "
+            "adapter off. Put one on with new_adapter; full fine-tuning is not supported yet."
         )
     return adapted
 
