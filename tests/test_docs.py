@@ -143,6 +143,18 @@ def test_the_command_page_has_every_command_and_option():
     assert set(re.findall(r"^\| \[`(\w+)", text, flags=re.MULTILINE)) == set(commands)
 
 
+def test_the_command_page_has_the_demos_sizes():
+    from holdtrue.data import builtin
+    from holdtrue.runs.demo import PARTS
+
+    for size, part in PARTS.items():
+        rows, pairs = (
+            len(builtin(name).read_text(encoding="utf-8").splitlines()) if number is None else number
+            for name, number in (("narrow", part.rows), ("probes", part.pairs))
+        )
+        assert f"\n| {size} | {rows} | {pairs} |\n" in page("cli.md")
+
+
 def test_the_command_page_has_every_exit_code():
     from holdtrue import errors
 

@@ -145,6 +145,6 @@ def test_memory_does_not_grow_with_the_rows(encoder: ChatEncoder, tmp_path: Path
         tracemalloc.stop()
         return found
 
-    peak(300)
-    assert peak(2000) < peak(600) + 300_000
+    peak(50)
+    assert peak(900) < peak(300) + 300_000
     assert pa.total_allocated_bytes() < 2**20

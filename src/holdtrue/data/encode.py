@@ -118,8 +118,10 @@ class ChatEncoder:
         for start, end in rendering.spans:
             first, last = bisect_left(starts, start), bisect_left(starts, end)
             for token, edge in ((first, start), (last, end)):
-                # A gap before the edge is white space that offsets leave out, and may belong to the token behind it.
-                if token and ends[token - 1] != edge:
+                before = ends[token - 1] if token else edge
+                # A control token may take white space behind it along. A gap before the edge is white space that
+                # offsets leave out, and may belong to the token behind it.
+                if before < edge or (before > edge and ids[token - 1] not in self._control_ids):
                     return None
             trained[first:last] = [True] * (last - first)
         return ids, trained
@@ -138,44 +140,53 @@ class ChatEncoder:
 class _PieceEncoder:
     """Encodes the pieces of a text to what the tokenizer makes of them within the whole.
 
-    Some tokenizers put a space before whatever text they are given. For these, a piece is encoded behind a line
-    break, which is then removed. Which way is right is found out on a short conversation.
+    Some tokenizers put a space before whatever text they are given, or before what stands behind a control token.
+    Where they should not, a piece is encoded behind a line break, which is then removed. Which way is right behind
+    control tokens is found out on a short conversation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
+        self._break = self._plain(["\n"])[0]
+        word, behind = self._plain(["word", "\nword"])
+        self._adds_space = behind != self._break + word
         wholes = [tokenizer(sample.text, add_special_tokens=False)["input_ids"] for sample in template.samples]
-        line_break = self._plain(["\n"])[0]
+        samples = [list(template.pieces(sample)) for sample in template.samples]
 
-        def exact(before: list[int]) -> bool:
-            found = [self._behind(list(template.pieces(sample)), before) for sample in template.samples]
+        def exact(behind_control: bool) -> bool:
+            found = [self._encode(pieces, behind_control) for pieces in samples]
             return [[id for part in parts for id in part] for parts in found] == wholes
 
-        self._before = next((before for before in ([], line_break) if exact(before)), None)
+        self._space_behind_control = next((space for space in (True, False) if exact(space)), None)
 
     def encode(self, pieces: Sequence[Piece]) -> list[list[int]]:
         """Return the tokens of each piece; in plain pieces, special tokens are not looked for."""
-        if self._before is None:
+        if self._space_behind_control is None:
             raise RefusedError(
                 "its text must be encoded in pieces (it spells a special token, or a token would lie across the "
                 "beginning of a response), and this tokenizer makes other tokens of pieces than of the whole"
             )
-        return self._behind(pieces, self._before)
+        return self._encode(pieces, self._space_behind_control)
 
-    def _behind(self, pieces: Sequence[Piece], before: list[int]) -> list[list[int]]:
-        texts = [piece.text for piece in pieces if piece.control is None]
-        alone = iter(self._plain(texts))
-        behind = iter(self._plain(["\n" + text for text in texts]) if before else [])
+    def _encode(self, pieces: Sequence[Piece], space_behind_control: bool) -> list[list[int]]:
+        texts: list[str] = []
+        joined: list[bool] = []
+        for before, piece in zip([None, *pieces], pieces, strict=False):
+            if piece.control is None:
+                keeps = before is None or (before.control is not None and space_behind_control)
+                joined.append(self._adds_space and not keeps)
+                texts.append("\n" + piece.text if joined[-1] else piece.text)
+        plain = iter(zip(self._plain(texts), joined, strict=True))
         found: list[list[int]] = []
         for piece in pieces:
             if piece.control is not None:
                 found.append([piece.control])
                 continue
-            tokens = next(alone)
-            if before:
-                longer = next(behind)
-                if piece.start and longer[: len(before)] == before:
-                    tokens = longer[len(before) :]
+            tokens, behind_break = next(plain)
+            if behind_break and tokens[: len(self._break)] == self._break:
+                tokens = tokens[len(self._break) :]
+            elif behind_break:
+                tokens = self._plain([piece.text])[0]
             found.append(tokens)
         return found
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from holdtrue.defenses import Defense, Features, GradientContext, LossDefense, Needs
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
+from holdtrue.scoring import final_hidden, output_head, scoring_mode
 from holdtrue.training.batch import COUNTS, Batch
 from holdtrue.training.objective import TokenTerm, token_objective
-from holdtrue.training.reference import ReferenceOutputs, captured_blocks, final_hidden, reference_outputs
+from holdtrue.training.reference import ReferenceOutputs, captured_blocks, reference_outputs
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -65,6 +66,7 @@ class DefenseMixin(_Base):
         self._check_model()
         count = len(decoder_blocks(self.model))
         self._blocks = {d.name: tuple(n.blocks(count)) for d, n in self._losses if n.blocks is not None}
+        self._captured = sorted({i for indices in self._blocks.values() for i in indices})
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
         self._window_started = 0.0
@@ -80,20 +82,12 @@ class DefenseMixin(_Base):
                 "full fine-tuning is not supported: the reference is the model with its adapter off, so give a "
                 "PeftModel with a LoRA adapter"
             )
-        lm = causal_lm(self.model)
-        head = lm.get_output_embeddings()
-        if any(p.requires_grad for p in head.parameters()):
+        embeddings = causal_lm(self.model).get_output_embeddings()
+        if any(p.requires_grad for p in embeddings.parameters()):
             raise NeedError("the output head is trainable: take it out of the adapter's target modules")
-        ids = torch.arange(8, device=next(lm.parameters()).device).unsqueeze(0)
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            expected, computed = lm(input_ids=ids).logits, head(final_hidden(lm, ids))
-        self.model.train(training)
-        if not torch.allclose(expected.float(), computed.float(), rtol=1e-3, atol=1e-3):
-            raise NeedError(
-                f"{type(lm).__name__} does more to its logits than its output head (a cap or a scale): not supported"
-            )
+        with scoring_mode(self.model) as lm:
+            self._head = output_head(lm)
+            self._vocabulary = lm.config.get_text_config().vocab_size
 
     # The accumulation window
 
@@ -145,7 +139,7 @@ class DefenseMixin(_Base):
         names = sorted(self._window)
         values = torch.stack([self._window[n].double() for n in names])
         sums = dict(zip(names, self.accelerator.reduce(values, reduction="sum").tolist(), strict=True))
-        self.step_metrics = self._metrics(sums, time.perf_counter() - self._window_started)
+        self.step_metrics = self._means(sums, time.perf_counter() - self._window_started)
         if not all(map(math.isfinite, self.step_metrics.values())):
             bad = [n for n, v in self.step_metrics.items() if not math.isfinite(v)]
             raise RunError(
@@ -153,7 +147,7 @@ class DefenseMixin(_Base):
                 "Lower the learning rate or the weights, or look for broken rows"
             )
 
-    def _metrics(self, sums: dict[str, float], seconds: float) -> dict[str, float]:
+    def _means(self, sums: dict[str, float], seconds: float) -> dict[str, float]:
         c = self._counts
         metrics = {"ce": _mean(sums["ce"], c["trained"])}
         if c["trained"] != c["trained_task"]:
@@ -183,8 +177,7 @@ class DefenseMixin(_Base):
         measured = self.kl_every > 0 and self.state.global_step % self.kl_every == 0
         if not measured and not any(needs.reference for _, needs in self._losses):
             return None
-        blocks = sorted({i for indices in self._blocks.values() for i in indices})
-        return reference_outputs(self.accelerator.unwrap_model(self.model), batch.input_ids, blocks)
+        return reference_outputs(self.accelerator.unwrap_model(self.model), batch.input_ids, self._captured)
 
     @contextlib.contextmanager
     def _objective_forward(self) -> Iterator[None]:
@@ -201,8 +194,7 @@ class DefenseMixin(_Base):
 
     def _objective(self, lm: Any, input_ids: Tensor, step: MicroStep) -> Tensor:
         batch, reference, counts = step.batch, step.reference, step.counts
-        blocks = sorted({i for indices in self._blocks.values() for i in indices})
-        with captured_blocks(lm, blocks) as captured:
+        with captured_blocks(lm, self._captured) as captured:
             hidden = final_hidden(lm, input_ids)
         covered = "all" if any(n.tokens == "all" for _, n in self._losses) else "response"
         positions = batch.positions(covered)
@@ -214,12 +206,12 @@ class DefenseMixin(_Base):
         ]
         loss, sums = token_objective(
             rows,
-            lm.get_output_embeddings(),
+            self._head,
             positions,
             ce_coefficient=_coefficient(1.0, counts["trained"]),
             terms=terms,
             reference_hidden=None if reference is None else reference.hidden.flatten(0, 1)[positions.flat],
-            vocabulary=lm.config.vocab_size,
+            vocabulary=self._vocabulary,
         )
         step.sums.update(sums)
         examples = batch.mask.any(1)
@@ -259,11 +251,11 @@ class DefenseMixin(_Base):
                     reference = reference_outputs(model, batch.input_ids)
                     sums = token_objective(
                         final_hidden(lm, batch.input_ids).flatten(0, 1)[positions.flat],
-                        lm.get_output_embeddings(),
+                        self._head,
                         positions,
                         ce_coefficient=0.0,
                         reference_hidden=reference.hidden.flatten(0, 1)[positions.flat],
-                        vocabulary=lm.config.vocab_size,
+                        vocabulary=self._vocabulary,
                     ).sums
                     zero = totals.new_zeros(())
                     counts = batch.counts()

@@ -98,10 +98,12 @@ def token_objective(
     Log-probabilities are computed in float32, or in float64 where the hidden states are.
     """
     step = chunk or chunk_size(vocabulary)
-    sums: dict[str, Tensor] = {}
+    names = ["ce", "ce_task", *(["kl"] if reference_hidden is not None else []), *(f"defense/{t.name}" for t in terms)]
+    exact = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+    sums = {name: torch.zeros((), dtype=exact, device=hidden.device) for name in names}
 
     def add(name: str, value: Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
+        sums[name] += value
 
     def part(h: Tensor, at: slice) -> Tensor:
         policy = _log_probabilities(head(h))

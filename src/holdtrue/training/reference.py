@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdtrue.models import causal_lm, decoder_blocks, without_adapter
+from holdtrue.scoring import final_hidden
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,6 @@ def captured_blocks(model: nn.Module, indices: Sequence[int]) -> Iterator[dict[i
     finally:
         for handle in handles:
             handle.remove()
-
-
-def final_hidden(lm: Any, input_ids: Tensor) -> Tensor:
-    """Return the decoder's final hidden states after its final norm, (batch, length, width).
-
-    Right padding needs no mask: under causal attention no real position sees what follows it.
-    """
-    return lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def reference_outputs(model: nn.Module, input_ids: Tensor, blocks: Sequence[int] = ()) -> ReferenceOutputs:

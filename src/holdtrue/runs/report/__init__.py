@@ -2,7 +2,7 @@
 
 from holdtrue.runs.report.card import Card, Estimate, Row, scorecard
 from holdtrue.runs.report.page import render_report
-from holdtrue.runs.report.words import against_undefended, headline, how_sure, not_measured
+from holdtrue.runs.report.words import against_undefended, headline, in_short
 
 __all__ = [
     "Card",
@@ -10,8 +10,7 @@ __all__ = [
     "Row",
     "against_undefended",
     "headline",
-    "how_sure",
-    "not_measured",
+    "in_short",
     "render_report",
     "scorecard",
 ]

@@ -186,7 +186,7 @@ def _run_row(run: Run, name: str, probes: str | None, heldout: str | None, base:
     likelihood = run.evaluation("likelihood", "tuned", probes) if probes else None
     fit = run.evaluation("fit", "tuned", heldout) if heldout else None
     report: dict[str, Any] = (run.marker("train") or {}).get("report", {})
-    against: dict[str, Estimate | None] = {}
+    against: dict[str, Any] = {}
     if base is not None and base.path != run.path:
         against["against_margin"] = _against(likelihood, base, "likelihood", probes, "margin")
         against["against_nll"] = _against(fit, base, "fit", heldout, "nll")
@@ -247,10 +247,10 @@ def _against(record: Record | None, base: Run, suite: str, sha256: str | None, k
 
 def _kl(run: Run, report: dict[str, Any]) -> tuple[float | None, str]:
     if report.get("eval_kl") is not None:
-        return report["eval_kl"], "validation rows, after training"
+        return report["eval_kl"], "validation rows"
     measured = [step for step in run.metrics() if "kl" in step and "loss" in step]
     if measured:
-        return measured[-1]["kl"], f"training rows of step {measured[-1]['step']}"
+        return measured[-1]["kl"], f"rows of step {measured[-1]['step']}"
     return None, ""
 
 

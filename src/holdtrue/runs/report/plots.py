@@ -30,7 +30,7 @@ SMOOTH_FROM = 40
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "holdtrue",
     "text.parse_math": False,
@@ -96,7 +96,7 @@ def draw(card: Card) -> Figures:
             losses=_dots("losses", "Loss on held-out rows", "nats per token; left: fits better", losses, style),
             themes=_themes([row for row in card.rows if row.groups], style),
             training_loss=_curves("ce", "Cross-entropy on the task's rows", _steps(card, _task_loss), style),
-            training_kl=_curves("kl", "KL to the reference", _steps(card, _kl), style),
+            training_kl=_curves("kl", "KL to the reference", _steps(card, _kl), style, from_zero=True),
         )
 
 
@@ -187,8 +187,9 @@ def _steps(card: Card, value: Any) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _task_loss(metrics: Mapping[str, float]) -> float | None:
-    # Safe rows mixed in are left out, so that runs with and without them can be compared.
-    return metrics.get("ce_task", metrics.get("ce"))
+    # Safe rows mixed in are left out, so that runs with and without them can be compared; a step of such rows alone
+    # has no loss on the task, and says zero.
+    return metrics.get("ce_task", metrics.get("ce")) or None
 
 
 def _kl(metrics: Mapping[str, float]) -> float | None:
@@ -196,7 +197,12 @@ def _kl(metrics: Mapping[str, float]) -> float | None:
 
 
 def _curves(
-    key: str, title: str, series: Mapping[str, tuple[list[int], list[float]]], style: Mapping[str, Look]
+    key: str,
+    title: str,
+    series: Mapping[str, tuple[list[int], list[float]]],
+    style: Mapping[str, Look],
+    *,
+    from_zero: bool = False,
 ) -> Markup | None:
     if not series:
         return None
@@ -223,7 +229,8 @@ def _curves(
             )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("nats per token")
-    axes.set_ylim(bottom=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     figure.legend(loc="outside upper left", ncols=3, handletextpad=0.4, columnspacing=1.2)

@@ -35,7 +35,7 @@ def headline(card: Card) -> str:
     )
     changes = [(row, row.margin_change) for row in rows if row.margin_change is not None]
     if len(rows) <= NAMED:
-        said = listed([_moved(change, row.name) for row, change in changes])
+        said = _each([(row.name, change) for row, change in changes])
     else:
         said = listed(_counted(changes))
     left = total - len(rows)
@@ -48,12 +48,10 @@ def against_undefended(card: Card) -> str | None:
     margins = [(r.name, r.against_margin) for r in card.runs if r.against_margin is not None]
     if not margins:
         return None
-    held = listed([f"{_side(e, 'higher', 'lower')} in {name}" for name, e in margins])
-    text = f"Paired with the {card.undefended} run, the margin is {held}"
+    text = f"Paired with the {card.undefended} run, the margin is {_sides(margins)}"
     fits = [(r.name, r.against_nll) for r in card.runs if r.against_nll is not None]
     if fits:
-        learned = listed([f"{_side(e, 'higher', 'lower')} in {name}" for name, e in fits])
-        text += f"; the held-out loss is {learned} (higher: less of the narrow task was learned)"
+        text += f"; the held-out loss is {_sides(fits)} (higher: less of the narrow task was learned)"
     return f"{text}."
 
 
@@ -94,10 +92,9 @@ def how_sure(card: Card) -> list[str]:
         "taken row by row on the same rows, so that what the rows have in common cancels."
     ]
     if card.probes is not None:
-        few = ", few enough that the intervals are likely too narrow" if card.probes.clusters < FEW_CLUSTERS else ""
         lines.append(
-            f"The margin's draws take whole themes: {plural(card.probes.clusters, 'cluster')}{few}. Intervals of a "
-            "single theme are over its own pairs, and a theme with one pair has none."
+            f"{_clusters(card.probes.clusters)} Intervals of a single theme are over its own pairs, and a theme with "
+            "one pair has none."
         )
     if card.heldout is not None:
         lines.append(f"The held-out loss's draws take whole rows: {plural(card.heldout.clusters, 'row')}.")
@@ -105,6 +102,17 @@ def how_sure(card: Card) -> list[str]:
     if len(card.runs) > 1:
         lines.append("Each interval stands alone; none is widened for there being several runs.")
     return lines
+
+
+def in_short(card: Card) -> list[str]:
+    """Say the least that a reader of the headline must know about how sure it is."""
+    clusters = [] if card.probes is None else [_clusters(card.probes.clusters)]
+    return [f"Brackets are {LEVEL:.0%} bootstrap intervals.", *clusters, _seeds(card), *not_measured(card)[:1]]
+
+
+def _clusters(number: int) -> str:
+    few = ", few enough that the intervals are likely too narrow" if number < FEW_CLUSTERS else ""
+    return f"The margin's draws take whole themes: {plural(number, 'cluster')}{few}."
 
 
 def _seeds(card: Card) -> str:
@@ -120,14 +128,31 @@ def _seeds(card: Card) -> str:
     )
 
 
-def _moved(change: Estimate, name: str) -> str:
-    if change.interval is None:
-        return f"changed by {signed(change.value)} nats per token in {name} (too few themes for an interval)"
-    if not change.clear:
-        return f"shows no clear change in {name} ({signed(change.value)} {signed_span(change.interval)})"
-    verb = "rose" if change.value > 0 else "fell"
+def _each(changes: Sequence[tuple[str, Estimate]]) -> str:
+    parts: list[str] = []
+    for name, change in changes:
+        if change.interval is None:
+            parts.append(f"changed by {signed(change.value)} nats per token in {name} (too few themes for an interval)")
+        elif change.clear:
+            verb = "rose" if change.value > 0 else "fell"
+            parts.append(f"{verb} by {nats(abs(change.value))} nats per token {_size(change)} in {name}")
+    if unclear := _unclear(changes):
+        parts.append(f"shows no clear change in {unclear}")
+    return listed(parts)
+
+
+def _unclear(changes: Sequence[tuple[str, Estimate]]) -> str:
+    return " or ".join(
+        f"{name} ({signed(change.value)} {signed_span(change.interval)})"
+        for name, change in changes
+        if change.interval is not None and not change.clear
+    )
+
+
+def _size(change: Estimate) -> str:
+    assert change.interval is not None
     low, high = sorted(abs(end) for end in change.interval)
-    return f"{verb} by {nats(abs(change.value))} nats per token [{nats(low)}, {nats(high)}] in {name}"
+    return f"[{nats(low)}, {nats(high)}]"
 
 
 def _counted(changes: Sequence[tuple[Row, Estimate]]) -> list[str]:
@@ -144,11 +169,14 @@ def _counted(changes: Sequence[tuple[Row, Estimate]]) -> list[str]:
     return parts
 
 
-def _side(change: Estimate, above: str, below: str) -> str:
-    if change.interval is None:
-        return f"{signed(change.value)} (no interval)"
-    if not change.clear:
-        return f"not clearly different ({signed(change.value)} {signed_span(change.interval)})"
-    low, high = sorted(abs(end) for end in change.interval)
-    word = above if change.value > 0 else below
-    return f"{word} by {nats(abs(change.value))} [{nats(low)}, {nats(high)}]"
+def _sides(changes: Sequence[tuple[str, Estimate]]) -> str:
+    parts: list[str] = []
+    for name, change in changes:
+        if change.interval is None:
+            parts.append(f"{signed(change.value)} different in {name} (no interval)")
+        elif change.clear:
+            side = "higher" if change.value > 0 else "lower"
+            parts.append(f"{side} by {nats(abs(change.value))} {_size(change)} in {name}")
+    if unclear := _unclear(changes):
+        parts.append(f"not clearly different in {unclear}")
+    return listed(parts)

@@ -1,0 +1,45 @@
+"""Small real models and rows that tests of several folders share."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from holdtrue.models import AdapterSpec, new_adapter
+
+
+def small_model(dropout: float = 0.0) -> PeftModel:
+    """A real Llama of three blocks with a vocabulary of 500, and an adapter whose B is not zero."""
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(config).requires_grad_(False)
+        model = new_adapter(base, AdapterSpec(r=4, alpha=8, dropout=dropout), seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.02)
+    return model
+
+
+def small_rows(count: int = 45, seed: int = 0) -> datasets.Dataset:
+    """Random rows of 5 to 19 tokens; every ninth is a safe row; row 4 has no target."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        n = int(random.integers(5, 20))
+        ids = random.integers(1, 500, n).tolist()
+        trained = [False] * n if i == 4 else [False] * 3 + [True] * (n - 3)
+        rows.append({"input_ids": ids, "trained": trained, "kind": int(i % 9 == 0), "length": n, "ce": True})
+    return datasets.Dataset.from_list(rows)

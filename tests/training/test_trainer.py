@@ -1,0 +1,247 @@
+"""Invariants of the defended training loop, on a small real model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from threading import Event
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from support import small_model, small_rows
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from holdtrue.defenses import Defense, GradientContext
+from holdtrue.errors import NeedError, RunError
+from holdtrue.models import causal_lm, without_adapter
+from holdtrue.training import DefendedTrainer
+from holdtrue.training.reference import reference_outputs
+from holdtrue.training.trainer import checkpoints
+
+ALL = [{"kl": {"weight": 1.0}}, {"ldifs": {"weight": 1.0}}]
+CASES = {
+    "plain": [],
+    "kl-all": [{"kl": {"weight": 1.0, "tokens": "all"}}],
+    "kl-response": [{"kl": {"weight": 1.0, "tokens": "response", "direction": "reference||policy"}}],
+    "ldifs": [{"ldifs": {"weight": 1.0}}],
+    "ldifs-token": [{"ldifs": {"weight": 1.0, "normalize": "token"}}],
+    "both": ALL,
+}
+EXACT = ("ce", "ce_task", "ce_safe", "kl_term", "ldifs_term")
+
+
+class Spy(Defense):
+    """Writes down the gradients, and what happens inside its forward context."""
+
+    name = "spy"
+    badge = "variant"
+    paper = "none"
+    gradients: ClassVar[list[dict[str, torch.Tensor]]] = []
+    inside: ClassVar[list[bool]] = []
+
+    def gradient(self, context: GradientContext) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in context.parameters.items() if p.grad is not None})
+
+    @contextlib.contextmanager
+    def forward(self, model: torch.nn.Module) -> Iterator[None]:
+        self.inside.append(True)
+        yield
+        self.inside.append(False)
+
+
+@pytest.fixture
+def spy() -> Iterator[Spy]:
+    Spy.gradients.clear()
+    Spy.inside.clear()
+    yield Spy()
+    Spy.gradients.clear()
+
+
+def adapter(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def steps(folder: Any) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if "loss" in r]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulation_changes_nothing(train, spy, case):
+    found = []
+    for micro in (4, 1):
+        Spy.gradients.clear()
+        _, _, folder = train([*CASES[case], spy], name=f"m{micro}", micro_batch_size=micro, epochs=1)
+        found.append((steps(folder), list(Spy.gradients)))
+    (one, one_gradients), (other, other_gradients) = found
+    assert len(one) == len(other) == len(one_gradients) == 12
+    for a, b in zip(one, other, strict=True):
+        assert a["target_tokens"] == b["target_tokens"]
+        for key in set(a) & {*EXACT, "loss"}:
+            assert a[key] == pytest.approx(b[key], abs=2e-5), key
+    for a, b in zip(one_gradients[:4], other_gradients[:4], strict=True):
+        gap = sum(float((a[n] - b[n]).square().sum()) for n in a) ** 0.5
+        norm = sum(float(a[n].square().sum()) for n in a) ** 0.5
+        assert gap <= 1e-4 * norm
+
+
+def test_the_order_of_defenses_changes_nothing(train):
+    one, _, _ = train(ALL, name="one")
+    other, _, _ = train(ALL[::-1], name="other")
+    assert all(torch.equal(a, adapter(other)[n]) for n, a in adapter(one).items())
+
+
+def test_zero_weight_is_plain_training(train):
+    plain, _, _ = train([], name="plain", kl_every=0)
+    zero, _, _ = train([{"kl": {"weight": 0}}, {"ldifs": {"weight": 0}}], name="zero", kl_every=0)
+    assert all(torch.equal(a, adapter(zero)[n]) for n, a in adapter(plain).items())
+
+
+def test_stopped_and_resumed_equals_uninterrupted(train):
+    whole, summary, folder = train(ALL, name="whole", epochs=2, validation=small_rows(9, seed=5))
+    stop = Event()
+    seen: list[int] = []
+
+    def progress(record: dict[str, Any]) -> None:
+        seen.append(record["step"])
+        if record["step"] == 6:
+            stop.set()
+
+    _, first, parts = train(ALL, name="parts", epochs=2, stop=stop, progress=progress)
+    assert first["interrupted"]
+    assert first["steps"] == 7
+    # What a kill leaves behind: a line of a step after the checkpoint, and half a line.
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')
+    resumed, second, _ = train(ALL, name="parts", epochs=2, validation=small_rows(9, seed=5))
+    assert second["resumed_from"] == 7
+    assert not second["interrupted"]
+    assert all(torch.equal(a, adapter(resumed)[n]) for n, a in adapter(whole).items())
+    assert [(r["step"], r["loss"]) for r in steps(parts)] == [(r["step"], r["loss"]) for r in steps(folder)]
+    assert second["eval_loss"] == summary["eval_loss"]
+    assert second["tokens"] == summary["tokens"]
+
+
+def test_a_corrupt_checkpoint_is_named(train):
+    stop = Event()
+    stop.set()
+    _, _, folder = train([], stop=stop)
+    last = checkpoints(folder / "checkpoints")[-1]
+    weights = last / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(RunError, match=rf"{last.name} is corrupt: adapter_model.safetensors has changed"):
+        train([])
+
+
+def test_a_half_written_checkpoint_is_not_seen(train):
+    _, _, folder = train([], epochs=1)
+    whole = checkpoints(folder / "checkpoints")
+    assert [p.name for p in whole] == ["checkpoint-8", "checkpoint-12"]
+    (whole[-1] / "holdtrue_seal.json").unlink()
+    _, summary, _ = train([])
+    assert summary["resumed_from"] == 8
+
+
+def test_the_reference_is_the_base_model_before_during_and_after(train):
+    model = small_model(dropout=0.3)
+    ids = torch.arange(1, 20).unsqueeze(0)
+    config = causal_lm(model).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict())).eval()
+    with torch.no_grad():
+        expected = base(ids).logits
+    during = []
+
+    def progress(_: dict[str, Any]) -> None:
+        assert model.training
+        with without_adapter(model):
+            during.append(torch.equal(model(input_ids=ids).logits, expected))
+        head = causal_lm(model).get_output_embeddings()
+        during.append(torch.equal(head(reference_outputs(model, ids).hidden), expected))
+        assert model.training
+
+    with without_adapter(model):
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    train(ALL, model=model, progress=progress)
+    assert during
+    assert all(during)
+    with without_adapter(model):
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert not torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_the_forward_hook_is_around_the_policys_passes_only(train, spy):
+    calls: list[tuple[bool, bool]] = []
+    model = small_model()
+
+    def hook(module: Any, *_: Any) -> None:
+        policy = torch.is_grad_enabled() and module.training
+        calls.append((policy, bool(Spy.inside) and Spy.inside[-1]))
+
+    causal_lm(model).get_decoder().register_forward_hook(hook)
+    train([spy, {"kl": {"weight": 1.0}}], model=model, validation=small_rows(5))
+    assert (True, True) in calls
+    assert (False, False) in calls
+    assert all(policy == inside for policy, inside in calls)
+
+
+def test_each_defense_holds_what_it_promises(train):
+    plain, _, folder = train([], name="plain", epochs=3, kl_every=1)
+    far, _, _ = train([{"ldifs": {"weight": 200.0}}], name="ldifs", epochs=3)
+    _, _, kl = train([{"kl": {"weight": 20.0}}], name="kl", epochs=3)
+    assert steps(kl)[-1]["kl"] < 0.2 * steps(folder)[-1]["kl"]
+
+    def distance(model: Any) -> float:
+        ids = torch.arange(1, 40).unsqueeze(0)
+        model.eval()
+        with torch.no_grad():
+            h = causal_lm(model).get_decoder()(input_ids=ids).last_hidden_state
+        h0 = reference_outputs(model, ids).hidden
+        return float((h / h.norm() - h0 / h0.norm()).square().sum())
+
+    assert distance(far) < 0.5 * distance(plain)
+
+
+def test_metrics_tell_task_and_safe_rows_apart(train):
+    _, summary, folder = train(ALL, epochs=1)
+    mixed = [r for r in steps(folder) if "ce_safe" in r]
+    assert mixed
+    for r in steps(folder):
+        assert r["loss"] == pytest.approx(r["ce"] + r["kl_weighted"] + r["ldifs_weighted"], abs=1e-5)
+        assert 0 <= r["padding"] < 0.3
+    assert summary["tokens"] == sum(small_rows()["length"])
+
+
+def test_a_step_without_any_target_is_a_step(train):
+    rows = small_rows(8).map(lambda row: {"trained": [False] * len(row["input_ids"])})
+    _, summary, folder = train([{"kl": {"weight": 1.0, "tokens": "response"}}], rows=rows)
+    assert summary["steps"] == 2
+    assert all(r["loss"] == 0.0 and r["ce"] == 0.0 and r["kl_term"] == 0.0 for r in steps(folder))
+
+
+def test_divergence_stops_the_run(train):
+    with pytest.raises(RunError, match="training diverged at step"):
+        train([], learning_rate=1e30, epochs=3, max_grad_norm=0)
+
+
+def test_full_fine_tuning_is_refused(tmp_path):
+    base = causal_lm(small_model())
+    plain = LlamaForCausalLM(base.config)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(NeedError, match="full fine-tuning is not supported"):
+        DefendedTrainer(plain, arguments, train_dataset=small_rows(), defenses=["kl"])
+
+
+def test_report_to_reaches_the_tracker(train):
+    pytest.importorskip("tensorboard")
+    _, _, folder = train(ALL, report_to=("tensorboard",))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (log,) = (folder / "checkpoints").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(log)).Reload()
+    assert {"train/ce", "train/kl_term", "train/ldifs_weighted"} <= set(events.Tags()["scalars"])
