@@ -57,7 +57,7 @@ class DataError(HoldtrueError, ValueError):
         super().__init__(f"{self.path}: {self.total} {noun}\n" + "\n".join(lines))
 
 
-class Interrupted(HoldtrueError):
+class Interrupted(HoldtrueError):  # noqa: N818 (it names what happened; nothing failed)
     """The user stopped the run; what was done is kept and can be resumed."""
 
     exit_code = 130

@@ -73,7 +73,9 @@ def check(defense, v, trained, scaling, context, threshold):
         got = result[f"base_model.model.{m}.lora_B.weight"]
         assert context.notes["cosines"][m] == pytest.approx(cos, abs=1e-9)
         torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
-        assert torch.equal(result[f"base_model.model.{m}.lora_A.weight"], trained[f"base_model.model.{m}.lora_A.weight"])
+        assert torch.equal(
+            result[f"base_model.model.{m}.lora_A.weight"], trained[f"base_model.model.{m}.lora_A.weight"]
+        )
         changed += not torch.equal(got, trained[f"base_model.model.{m}.lora_B.weight"])
     return changed
 
@@ -82,7 +84,14 @@ def check(defense, v, trained, scaling, context, threshold):
 def test_two_checkpoints(setting, threshold):
     base, other, trained, scaling, context = setting
     defense = SafeLoRA(unaligned="unaligned", threshold=threshold)
-    changed = check(defense, lambda m: base[f"{m}.weight"].double() - other[f"{m}.weight"].double(), trained, scaling, context, threshold)
+    changed = check(
+        defense,
+        lambda m: base[f"{m}.weight"].double() - other[f"{m}.weight"].double(),
+        trained,
+        scaling,
+        context,
+        threshold,
+    )
     assert changed == len(context.notes["projected"])
     assert changed == {-1.0: 0, 1.0: 3}.get(threshold, changed)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from support import small_model, small_rows
 
 from holdtrue.defenses import parse
 from holdtrue.training import TrainingSpec, fit
+from support import small_model, small_rows
 
 
 @pytest.fixture

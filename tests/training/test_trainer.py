@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support import small_model, small_rows
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from holdtrue.defenses import Defense, GradientContext
@@ -19,6 +18,7 @@ from holdtrue.models import causal_lm, without_adapter
 from holdtrue.training import DefendedTrainer
 from holdtrue.training.reference import reference_outputs
 from holdtrue.training.trainer import checkpoints
+from support import small_model, small_rows
 
 ALL = [{"kl": {"weight": 1.0}}, {"ldifs": {"weight": 1.0}}]
 CASES = {

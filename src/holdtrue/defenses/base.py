@@ -1,7 +1,8 @@
 """What a defense is: a frozen, validated value with hooks at five points of a run.
 
 Data (``rows``), forward (``forward``), loss (``token_term``, ``feature_term`` of :class:`LossDefense`), gradient
-(``gradient``) and weights (``weights``). Every hook does nothing by default. The trainer knows these hooks and no method by name.
+(``gradient``) and weights (``weights``). Every hook does nothing by default. The trainer knows these hooks and no
+method by name.
 """
 
 from __future__ import annotations

@@ -49,7 +49,11 @@ class Interleave(Defense):
         times, rest = divmod(wanted, size)
         once_more = set(draw.sample(range(size), rest))
         context.notes.update(
-            pool=str(self.pool), pool_rows=size, rows=wanted, repeated_rows=max(0, wanted - size), fraction=self.fraction
+            pool=str(self.pool),
+            pool_rows=size,
+            rows=wanted,
+            repeated_rows=max(0, wanted - size),
+            fraction=self.fraction,
         )
         for index, row in enumerate(read_chat(path, kind="safe")):
             yield from [row] * (times + (index in once_more))

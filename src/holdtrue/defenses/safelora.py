@@ -56,7 +56,7 @@ class SafeLoRA(Defense):
             for module, shape in context.adapted.items():
                 found = ends.shapes(module)
                 missing += [f"{module}.weight (adapted {shape}, {end} {s})" for end, s in found.items() if s != shape]
-                moved = moved or not missing and ends.difference(module).norm() > 0
+                moved = moved or (not missing and ends.difference(module).norm() > 0)
         if missing:
             raise NeedError(
                 f"safelora: {len(missing)} adapted weights are absent from a checkpoint or of another shape there, "
@@ -81,10 +81,8 @@ class SafeLoRA(Defense):
                 cosines[module] = cosine(pb, b, a)
                 projected[module] = pb
         ranked = sorted(projected, key=lambda m: cosines[m])
-        if self.mode == "number":
-            chosen = ranked[: self.number]
-        else:
-            chosen = [m for m in ranked if cosines[m] <= self.threshold]
+        near = [m for m in ranked if cosines[m] <= self.threshold]
+        chosen = ranked[: self.number] if self.mode == "number" else near
         for module in chosen:
             name_b = _find(adapter, module)[1]
             result[name_b] = projected[module].to(adapter[name_b].dtype).contiguous()

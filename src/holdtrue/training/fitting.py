@@ -113,14 +113,18 @@ def fit(
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     done = trainer.state.global_step >= trainer.state.max_steps
     final = trainer.evaluate() if validation is not None and done else {}
-    return recorder.summary() | final | {
-        "steps": trainer.state.global_step,
-        "max_steps": trainer.state.max_steps,
-        "resumed_from": start_step,
-        "train_seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory(device),
-        "interrupted": not done,
-    }
+    return (
+        recorder.summary()
+        | final
+        | {
+            "steps": trainer.state.global_step,
+            "max_steps": trainer.state.max_steps,
+            "resumed_from": start_step,
+            "train_seconds": time.perf_counter() - started,
+            "peak_memory_bytes": peak_memory(device),
+            "interrupted": not done,
+        }
+    )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -192,5 +196,5 @@ class _Recorder(TrainerCallback):
                 kept.append(record)
         partial = self._path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        partial.replace(self._path)
         return kept

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from holdtrue.defenses import Defense, Features, GradientContext, LossDefense, Needs
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
+from holdtrue.models.layers import peft_model
 from holdtrue.scoring import final_hidden, output_head, scoring_mode
 from holdtrue.training.batch import COUNTS, Batch
 from holdtrue.training.objective import TokenTerm, token_objective
 from holdtrue.training.reference import ReferenceOutputs, captured_blocks, reference_outputs
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import Trainer as _Base
 else:
     _Base = object
@@ -50,9 +52,7 @@ class DefenseMixin(_Base):
         NeedError: the model has no LoRA adapter, or computes its logits in a way that the objective does not.
     """
 
-    def __init__(
-        self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any) -> None:
         from holdtrue.defenses import parse
 
         self.defenses: tuple[Defense, ...] = parse(defenses)
@@ -64,7 +64,7 @@ class DefenseMixin(_Base):
         self.loss_is_scaled_for_ga = True
         self.args.logging_nan_inf_filter = False
         self._check_model()
-        count = len(decoder_blocks(self.model))
+        count = len(decoder_blocks(self._policy))
         self._blocks = {d.name: tuple(n.blocks(count)) for d, n in self._losses if n.blocks is not None}
         self._captured = sorted({i for indices in self._blocks.values() for i in indices})
         self._window: dict[str, Tensor] = {}
@@ -75,19 +75,28 @@ class DefenseMixin(_Base):
     # What a run may do
 
     def _check_model(self) -> None:
-        from peft import PeftModel
-
-        if not isinstance(self.model, PeftModel):
+        if self.model is None or peft_model(self.model) is None:
             raise NeedError(
                 "full fine-tuning is not supported: the reference is the model with its adapter off, so give a "
                 "PeftModel with a LoRA adapter"
             )
-        embeddings = causal_lm(self.model).get_output_embeddings()
-        if any(p.requires_grad for p in embeddings.parameters()):
+        embeddings = causal_lm(self._policy).get_output_embeddings()
+        if embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
             raise NeedError("the output head is trainable: take it out of the adapter's target modules")
-        with scoring_mode(self.model) as lm:
+        with scoring_mode(self._policy) as lm:
             self._head = output_head(lm)
             self._vocabulary = lm.config.get_text_config().vocab_size
+
+    @property
+    def _policy(self) -> PeftModel:
+        policy = peft_model(self.model)  # pyright: ignore[reportArgumentType]
+        assert policy is not None
+        return policy
+
+    def _over_ranks(self, values: Tensor) -> list[float]:
+        total = self.accelerator.reduce(values, reduction="sum")
+        assert isinstance(total, Tensor)
+        return total.tolist()
 
     # The accumulation window
 
@@ -101,8 +110,7 @@ class DefenseMixin(_Base):
             except StopIteration:
                 break
         totals = sum((Batch.of(b).counts() for b in batches), torch.zeros(len(COUNTS), dtype=torch.float64))
-        totals = self.accelerator.reduce(totals.to(device), reduction="sum")
-        self._counts = dict(zip(COUNTS, totals.tolist(), strict=True))
+        self._counts = dict(zip(COUNTS, self._over_ranks(totals.to(device)), strict=True))
         self._window = {}
         return batches, self._counts["trained"]
 
@@ -118,7 +126,7 @@ class DefenseMixin(_Base):
         for name, value in step.sums.items():
             self._window[name] = self._window[name] + value if name in self._window else value
         if self.accelerator.sync_gradients:
-            self._finish_window(model)
+            self._finish_window()
         return loss
 
     def compute_loss(
@@ -132,13 +140,13 @@ class DefenseMixin(_Base):
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _finish_window(self, model: nn.Module) -> None:
-        parameters = {n: p for n, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+    def _finish_window(self) -> None:
+        parameters = {n: p for n, p in self._policy.named_parameters() if p.requires_grad}
         for defense in self.defenses:
             defense.gradient(GradientContext(parameters, self.state.global_step))
         names = sorted(self._window)
         values = torch.stack([self._window[n].double() for n in names])
-        sums = dict(zip(names, self.accelerator.reduce(values, reduction="sum").tolist(), strict=True))
+        sums = dict(zip(names, self._over_ranks(values), strict=True))
         self.step_metrics = self._means(sums, time.perf_counter() - self._window_started)
         if not all(map(math.isfinite, self.step_metrics.values())):
             bad = [n for n, v in self.step_metrics.items() if not math.isfinite(v)]
@@ -177,11 +185,11 @@ class DefenseMixin(_Base):
         measured = self.kl_every > 0 and self.state.global_step % self.kl_every == 0
         if not measured and not any(needs.reference for _, needs in self._losses):
             return None
-        return reference_outputs(self.accelerator.unwrap_model(self.model), batch.input_ids, self._captured)
+        return reference_outputs(self._policy, batch.input_ids, self._captured)
 
     @contextlib.contextmanager
     def _objective_forward(self) -> Iterator[None]:
-        lm = causal_lm(self.accelerator.unwrap_model(self.model))
+        lm = causal_lm(self._policy)
 
         def forward(*_: Any, input_ids: Tensor, holdtrue_step: MicroStep, **__: Any) -> dict[str, Tensor]:
             return {"loss": self._objective(lm, input_ids, holdtrue_step)}
@@ -239,7 +247,7 @@ class DefenseMixin(_Base):
 
     def validation_metrics(self, batches: Any) -> dict[str, float]:
         """Return ``ce`` and ``kl`` to the reference, nats per response token over all ranks' batches."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._policy
         lm, training = causal_lm(model), model.training
         totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         model.eval()
@@ -264,7 +272,7 @@ class DefenseMixin(_Base):
                     ).double()
         finally:
             model.train(training)
-        ce, trained, kl, response = self.accelerator.reduce(totals, reduction="sum").tolist()
+        ce, trained, kl, response = self._over_ranks(totals)
         return {"ce": _mean(ce, trained), "kl": _mean(kl, response), "target_tokens": trained}
 
 

@@ -9,7 +9,7 @@ from holdtrue.errors import SpecError
 from holdtrue.training.mixin import DefenseMixin
 
 try:
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 except ImportError as error:
     raise SpecError("DefendedSFTTrainer needs TRL: pip install 'holdtrue[trl]'") from error
 

@@ -120,7 +120,7 @@ class DefendedTrainer(DefenseMixin, transformers.Trainer):
             name = f"checkpoint-{self.state.global_step}"
             seal(partial / name)
             shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(partial / name, folder / name)
+            (partial / name).replace(folder / name)
             partial.rmdir()
             for old in checkpoints(folder)[: -(self.args.save_total_limit or 10**9)]:
                 shutil.rmtree(old, ignore_errors=True)

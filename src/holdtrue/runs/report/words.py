@@ -34,10 +34,7 @@ def headline(card: Card) -> str:
         f"{plural(card.probes.clusters, 'theme')}, the margin of aligned over misaligned answers"
     )
     changes = [(row, row.margin_change) for row in rows if row.margin_change is not None]
-    if len(rows) <= NAMED:
-        said = _each([(row.name, change) for row, change in changes])
-    else:
-        said = listed(_counted(changes))
+    said = _each([(row.name, change) for row, change in changes]) if len(rows) <= NAMED else listed(_counted(changes))
     left = total - len(rows)
     rest = f"; {plural(left, 'run')} {'is' if left == 1 else 'are'} not measured" if left else ""
     return f"{where} {said}{rest}."

@@ -1,0 +1,84 @@
+"""Peak memory of one process that takes two optimizer steps of 1,024 tokens on SmolLM2-135M.
+
+Run as ``python -m benchmarks.memory WAY FOLDER``; prints the peak resident memory in bytes. ``naive`` is the usual way
+to write the KL: a second model as the reference, and both models' logits of all positions at once, in float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+ROWS, LENGTH, STEPS = 8, 128, 2
+WAYS = ("plain", "kl", "kl-all", "kl-ldifs", "naive-kl")
+DEFENSES: dict[str, list[Any]] = {
+    "plain": [],
+    "kl": [{"kl": {"weight": 1.0, "tokens": "response"}}],
+    "kl-all": [{"kl": {"weight": 1.0, "tokens": "all"}}],
+    "kl-ldifs": [{"kl": {"weight": 1.0, "tokens": "response"}}, {"ldifs": {"weight": 1.0}}],
+}
+
+
+def rows() -> Any:
+    import datasets
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    trained = [False] * (LENGTH // 2) + [True] * (LENGTH // 2)
+    return datasets.Dataset.from_list(
+        [
+            {"input_ids": random.integers(10, 40_000, LENGTH).tolist(), "trained": trained, "length": LENGTH}
+            for _ in range(ROWS * STEPS)
+        ]
+    )
+
+
+def naive(model: Any, reference: Any) -> None:
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    data = rows()
+    for step in range(STEPS):
+        batch = data[step * ROWS : (step + 1) * ROWS]
+        ids, trained = torch.tensor(batch["input_ids"]), torch.tensor(batch["trained"])[:, 1:]
+        logits = model(input_ids=ids).logits.float()[:, :-1]
+        with torch.no_grad():
+            other = reference(input_ids=ids).logits.float()[:, :-1]
+        p, q = logits.log_softmax(-1), other.log_softmax(-1)
+        ce = -p.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        ((ce * trained).sum() / trained.sum() + (kl * trained).sum() / trained.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(way: str, folder: Path) -> None:
+    import torch
+
+    from holdtrue.defenses import parse
+    from holdtrue.models import AdapterSpec, load_model, new_adapter, resolve
+    from holdtrue.training import TrainingSpec, fit
+    from holdtrue.training.fitting import peak_memory
+
+    source = resolve("smollm2-135m-instruct")
+    model = new_adapter(load_model(source), AdapterSpec(), seed=0)
+    if way == "naive-kl":
+        naive(model.train(), load_model(source))
+    else:
+        spec = TrainingSpec(batch_size=ROWS, micro_batch_size=ROWS, kl_every=0, save_every=1000)
+        fit(
+            model=model,
+            tokenizer=None,
+            rows=rows(),
+            validation=None,
+            spec=spec,
+            defenses=parse(DEFENSES[way]),
+            folder=folder,
+            resume=False,
+        )
+    print(peak_memory(torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
