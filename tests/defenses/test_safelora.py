@@ -43,7 +43,7 @@ def adapter_folder(path, seed, r=3, alpha=6):
         tensors[f"base_model.model.{m}.lora_B.weight"] = torch.randn(out, r, generator=g)
     path.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha, "use_rslora": False}
-    config |= {"target_modules": ["q", "k"], "bias": "none", "base_model_name_or_path": "x"}
+    config |= {"target_modules": ["q", "k"], "bias": "none", "base_model_name_or_path": "aligned"}
     (path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     return tensors, alpha / r

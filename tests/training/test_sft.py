@@ -83,6 +83,7 @@ def test_with_defenses_it_holds_the_policy_near(tiny_model, tiny_dir, tmp_path):
     )
     plain.train()
     held.train()
+    assert plain.evaluate(eval_dataset=plain.train_dataset)["eval_loss"] > 0
     last = [next(r for r in reversed(t.state.log_history) if "kl" in r) for t in (plain, held)]
     assert last[1]["kl"] < 0.5 * last[0]["kl"]
     assert {"kl_term", "kl_weighted", "ldifs_term", "padding", "target_tokens"} <= set(last[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
@@ -14,6 +15,8 @@ from pydantic import ValidationError
 
 from holdtrue.defenses.base import Defense
 from holdtrue.errors import SpecError, nearest
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "holdtrue.defenses"
 
@@ -39,14 +42,30 @@ class DefenseInfo(NamedTuple):
 
 @functools.cache
 def available() -> dict[str, type[Defense]]:
-    """Return all defenses by name: those of this package, and those that other packages offer as entry points."""
+    """Return all defenses by name: those of this package, and those that other packages offer as entry points.
+
+    Another package cannot take a name of ours.
+    """
     import holdtrue.defenses as package
 
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     found = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and c.__module__ == m.__name__]
-    found += [point.load() for point in entry_points(group=ENTRY_POINTS)]
-    named = [c for c in found if issubclass(c, Defense) and "name" in vars(c)]
-    return {c.name: c for c in sorted(named, key=lambda c: c.name)}
+    own = {c.name: c for c in found if issubclass(c, Defense) and "name" in vars(c)}
+    return dict(sorted((_offered() | own).items()))
+
+
+def _offered() -> dict[str, type[Defense]]:
+    """Return the defenses of other packages. One that cannot be loaded is left out with a warning."""
+    offered: dict[str, type[Defense]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            defense = point.load()
+            if not (inspect.isclass(defense) and issubclass(defense, Defense)):
+                raise TypeError(f"{point.value} is no Defense")
+            offered[defense.name] = defense
+        except Exception as error:
+            logger.warning("the defense %s of another package cannot be loaded: %s", point.name, error)
+    return offered
 
 
 def describe(defense: type[Defense]) -> DefenseInfo:

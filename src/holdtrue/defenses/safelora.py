@@ -149,11 +149,17 @@ class _Ends:
 
     def _locate(self, end: str, name: str) -> Path:
         from holdtrue.errors import HoldtrueError
-        from holdtrue.models import resolve
+        from holdtrue.models import read_adapter, resolve
 
         local = (self._context.folder / name).expanduser()
         for folder in (local, local / "adapter"):
             if (folder / "adapter_config.json").is_file():
+                model, base = self._context.model, read_adapter(folder).config.get("base_model_name_or_path")
+                if base not in (None, "", model.name, model.portable_name, str(model.path)):
+                    raise NeedError(
+                        f"safelora needs its {end} end over the run's own model {model.name}, "
+                        f"and the adapter {folder} is for {base}"
+                    )
                 return folder
         try:
             return resolve(str(local) if local.is_dir() else name).path

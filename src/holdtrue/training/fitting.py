@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from holdtrue.defenses import Defense
+from holdtrue.errors import SpecError
 from holdtrue.training.spec import TrainingSpec
 from holdtrue.training.trainer import PARTIAL, DefendedTrainer, checkpoints, verify
 
@@ -56,9 +57,15 @@ def fit(
     Raises:
         NeedError: a need of a defense is not met by the model.
         RunError: training diverged, or a checkpoint is corrupt.
+        SpecError: the batch size cannot be split over the processes.
     """
     device = next(model.parameters()).device
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if spec.batch_size % (spec.micro_batch_size * world):
+        raise SpecError(
+            f"training.batch_size {spec.batch_size} is not a multiple of micro_batch_size {spec.micro_batch_size} "
+            f"x {world} processes"
+        )
     saved = checkpoints(folder / "checkpoints") if resume else []
     if not resume:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -74,7 +81,7 @@ def fit(
         optim="adamw_torch",
         per_device_train_batch_size=spec.micro_batch_size,
         per_device_eval_batch_size=spec.micro_batch_size,
-        gradient_accumulation_steps=max(1, spec.batch_size // (spec.micro_batch_size * world)),
+        gradient_accumulation_steps=spec.batch_size // (spec.micro_batch_size * world),
         gradient_checkpointing=spec.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
         save_strategy="steps",

@@ -49,7 +49,8 @@ class DefenseMixin(_Base):
         kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one.
 
     Raises:
-        NeedError: the model has no LoRA adapter, or computes its logits in a way that the objective does not.
+        NeedError: the model has no LoRA adapter, or its output head is trainable.
+        RunError: the model computes its logits in a way that is not known; or, while training, it diverged.
     """
 
     def __init__(self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any) -> None:
@@ -57,9 +58,8 @@ class DefenseMixin(_Base):
 
         self.defenses: tuple[Defense, ...] = parse(defenses)
         self.kl_every = kl_every
-        self._losses: list[tuple[LossDefense, Needs]] = [
-            (d, d.needs()) for d in self.defenses if isinstance(d, LossDefense) and d.weight > 0
-        ]
+        self._active = [d for d in self.defenses if not (isinstance(d, LossDefense) and d.weight == 0)]
+        self._losses = [(d, d.needs()) for d in self._active if isinstance(d, LossDefense)]
         super().__init__(*args, **kwargs)
         self.loss_is_scaled_for_ga = True
         self.args.logging_nan_inf_filter = False
@@ -120,7 +120,7 @@ class DefenseMixin(_Base):
         batch = Batch.of(inputs)
         step = MicroStep(batch, self._reference(batch), self._counts)
         with contextlib.ExitStack() as stack:
-            for defense in self.defenses:
+            for defense in self._active:
                 stack.enter_context(defense.forward(model))
             loss = super().training_step(model, {"holdtrue_step": step}, num_items_in_batch)
         for name, value in step.sums.items():
@@ -133,6 +133,8 @@ class DefenseMixin(_Base):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Call the wrapped model, whose forward computes the objective of the micro-batch."""
+        if "holdtrue_step" not in inputs:  # an evaluation of the Trainer below
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step: MicroStep = inputs["holdtrue_step"]
         with self._objective_forward():
             outputs = model(input_ids=step.batch.input_ids, holdtrue_step=step)
@@ -142,7 +144,7 @@ class DefenseMixin(_Base):
 
     def _finish_window(self) -> None:
         parameters = {n: p for n, p in self._policy.named_parameters() if p.requires_grad}
-        for defense in self.defenses:
+        for defense in self._active:
             defense.gradient(GradientContext(parameters, self.state.global_step))
         names = sorted(self._window)
         values = torch.stack([self._window[n].double() for n in names])
@@ -194,11 +196,15 @@ class DefenseMixin(_Base):
         def forward(*_: Any, input_ids: Tensor, holdtrue_step: MicroStep, **__: Any) -> dict[str, Tensor]:
             return {"loss": self._objective(lm, input_ids, holdtrue_step)}
 
+        before = vars(lm).get("forward")
         lm.forward = forward
         try:
             yield
         finally:
-            del lm.forward
+            if before is None:
+                del lm.forward
+            else:
+                lm.forward = before
 
     def _objective(self, lm: Any, input_ids: Tensor, step: MicroStep) -> Tensor:
         batch, reference, counts = step.batch, step.reference, step.counts

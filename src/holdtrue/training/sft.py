@@ -19,11 +19,13 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
 
     Raises:
         NeedError: the model has no LoRA adapter (give ``peft_config`` or a ``PeftModel``).
-        SpecError: packing or padding-free batches are asked for, whose rows the objective cannot tell apart.
+        SpecError: packing or padding-free batches are asked for, whose rows the objective cannot tell apart, or
+            another ``loss_type`` than ``nll``.
     """
 
     def __init__(self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any) -> None:
-        config = kwargs.get("args")
-        if config is not None and (config.packing or config.padding_free):
-            raise SpecError("defenses need padded batches: set packing=False and padding_free=False")
         super().__init__(*args, defenses=defenses, kl_every=kl_every, **kwargs)
+        if self.args.packing or self.args.padding_free:
+            raise SpecError("defenses need padded batches: set packing=False and padding_free=False")
+        if self.args.loss_type != "nll":
+            raise SpecError(f"loss_type {self.args.loss_type!r} is not supported beside defenses: set it to 'nll'")

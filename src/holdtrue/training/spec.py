@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Self
 
 from pydantic import (
@@ -12,8 +13,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
+
+from holdtrue.errors import nearest
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 class TrainingSpec(BaseModel):
@@ -53,6 +59,16 @@ class TrainingSpec(BaseModel):
     kl_every: NonNegativeInt = 10
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
+
+    @field_validator("report_to")
+    @classmethod
+    def _known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        for name in trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"no tracker {name!r}{nearest(name, TRACKERS)}; known: {', '.join(TRACKERS)}")
+            if find_spec(name) is None:
+                raise ValueError(f"{name} is not installed: pip install {name}, or take it out of report_to")
+        return trackers
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

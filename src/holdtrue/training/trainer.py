@@ -36,7 +36,8 @@ class DefendedTrainer(DefenseMixin, transformers.Trainer):
         kwargs: everything else that ``transformers.Trainer`` takes.
 
     Raises:
-        NeedError: the model has no adapter, or computes its logits in a way that the objective does not.
+        NeedError: the model has no adapter, or its output head is trainable.
+        RunError: the model computes its logits in a way that is not known; or, while training, it diverged.
         SpecError: an unknown defense or parameter.
     """
 
