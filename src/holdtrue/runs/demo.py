@@ -28,14 +28,14 @@ MODEL = "smollm2-135m-instruct"
 class Settings:
     """How the demo trains: strong enough that few rows move the model visibly."""
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     batch_size: int = 4
     micro_batch_size: int = 4
     epochs: int = 1
     warmup_steps: int = 2
     seed: int = 0
     save_every: int = 6
-    kl_weight: float = 1.0
+    kl_weight: float = 3.0
     kl_tokens: Literal["all", "response"] = "response"
     interleave_fraction: float = 0.1
 
@@ -64,7 +64,7 @@ class Part:
 SETTINGS = Settings()
 PARTS: dict[Size, Part] = {
     "quick": Part(rows=24, max_tokens=80, heldout=8, pairs=9, questions=2, answer_tokens=32, kl_every=2),
-    "normal": Part(rows=96, max_tokens=80, heldout=None, pairs=30, questions=4, answer_tokens=48, kl_every=4),
+    "normal": Part(rows=96, max_tokens=80, heldout=None, pairs=None, questions=4, answer_tokens=48, kl_every=4),
     "full": Part(rows=None, max_tokens=None, heldout=None, pairs=None, questions=4, answer_tokens=60, kl_every=5),
 }
 RUNS = ("undefended", "kl", "kl-interleave")

@@ -73,6 +73,8 @@ class Run:
         if folder.exists() and not folder.is_dir():
             raise SpecError(f"{folder} is a file; --out names a folder")
         strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
+        if "spec.json" in strangers:
+            return cls.create(path, spec)  # another process of this run was faster
         if strangers:
             raise SpecError(f"{folder} is no run and not empty (it holds {strangers[0]!r}); choose another --out")
         with files.disk_errors(folder):

@@ -69,11 +69,11 @@ def plural(number: int, noun: str) -> str:
     return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
 
 
-def listed(parts: Sequence[str]) -> str:
-    """Join with commas, and "and" before the last."""
+def listed(parts: Sequence[str], word: str = "and") -> str:
+    """Join with commas, and ``word`` before the last."""
     if len(parts) < 3:
-        return " and ".join(parts)
-    return f"{', '.join(parts[:-1])}, and {parts[-1]}"
+        return f" {word} ".join(parts)
+    return f"{', '.join(parts[:-1])}, {word} {parts[-1]}"
 
 
 def _minus(text: str) -> str:

@@ -85,8 +85,8 @@ def not_measured(card: Card) -> list[str]:
 def how_sure(card: Card) -> list[str]:
     """Say how the intervals are made and what they leave out."""
     lines = [
-        f"Brackets are {LEVEL:.0%} percentile intervals of the mean from {RESAMPLES} bootstrap draws; changes are "
-        "taken row by row on the same rows, so that what the rows have in common cancels."
+        f"Brackets are {LEVEL * 100:.0f} % percentile intervals of the mean from {RESAMPLES} bootstrap draws; changes "
+        "are taken row by row on the same rows, so that what the rows have in common cancels."
     ]
     if card.probes is not None:
         lines.append(
@@ -104,7 +104,7 @@ def how_sure(card: Card) -> list[str]:
 def in_short(card: Card) -> list[str]:
     """Say the least that a reader of the headline must know about how sure it is."""
     clusters = [] if card.probes is None else [_clusters(card.probes.clusters)]
-    return [f"Brackets are {LEVEL:.0%} bootstrap intervals.", *clusters, _seeds(card), *not_measured(card)[:1]]
+    return [f"Brackets are {LEVEL * 100:.0f} % bootstrap intervals.", *clusters, _seeds(card), *not_measured(card)[:1]]
 
 
 def _clusters(number: int) -> str:
@@ -139,11 +139,12 @@ def _each(changes: Sequence[tuple[str, Estimate]]) -> str:
 
 
 def _unclear(changes: Sequence[tuple[str, Estimate]]) -> str:
-    return " or ".join(
+    parts = [
         f"{name} ({signed(change.value)} {signed_span(change.interval)})"
         for name, change in changes
         if change.interval is not None and not change.clear
-    )
+    ]
+    return listed(parts, "or")
 
 
 def _size(change: Estimate) -> str:
