@@ -245,3 +245,14 @@ def test_report_to_reaches_the_tracker(train):
     (log,) = (folder / "checkpoints").rglob("events.out.tfevents.*")
     events = EventAccumulator(str(log)).Reload()
     assert {"train/ce", "train/kl_term", "train/ldifs_weighted"} <= set(events.Tags()["scalars"])
+
+
+def test_gradient_checkpointing_changes_nothing(train, spy):
+    found = []
+    for on in (False, True):
+        Spy.gradients.clear()
+        train([*ALL, spy], name=f"g{on}", gradient_checkpointing=on)
+        found.append(list(Spy.gradients))
+    for a, b in zip(*found, strict=True):
+        for name, gradient in a.items():
+            torch.testing.assert_close(b[name], gradient, atol=1e-5, rtol=1e-4)

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from holdtrue.defenses import Defense
 from holdtrue.errors import SpecError
+from holdtrue.models import causal_lm
 from holdtrue.training.spec import TrainingSpec
 from holdtrue.training.trainer import PARTIAL, DefendedTrainer, checkpoints, verify
 
@@ -82,8 +83,6 @@ def fit(
         per_device_train_batch_size=spec.micro_batch_size,
         per_device_eval_batch_size=spec.micro_batch_size,
         gradient_accumulation_steps=spec.batch_size // (spec.micro_batch_size * world),
-        gradient_checkpointing=spec.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
         save_strategy="steps",
         save_steps=spec.save_every,
         save_total_limit=2,
@@ -115,6 +114,7 @@ def fit(
     )
     trainer.remove_callback(_printer())
     if spec.gradient_checkpointing:
+        causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)

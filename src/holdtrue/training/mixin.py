@@ -161,7 +161,8 @@ class DefenseMixin(_Base):
         c = self._counts
         metrics = {"ce": _mean(sums["ce"], c["trained"])}
         if c["trained"] != c["trained_task"]:
-            metrics["ce_task"] = _mean(sums["ce_task"], c["trained_task"])
+            if c["trained_task"]:
+                metrics["ce_task"] = _mean(sums["ce_task"], c["trained_task"])
             metrics["ce_safe"] = _mean(sums["ce"] - sums["ce_task"], c["trained"] - c["trained_task"])
         if "kl" in sums:
             metrics["kl"] = _mean(sums["kl"], c["response"])
