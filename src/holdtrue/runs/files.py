@@ -13,6 +13,7 @@ from typing import Any
 
 from holdtrue.errors import RunError
 
+_DISK_FULL = "the disk is full"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -109,11 +110,11 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunError) or not is_disk_full(error):
+        if not is_disk_full(error) or str(error).startswith(_DISK_FULL):
             raise
-        where = getattr(error, "filename", None) or folder
+        what = error if isinstance(error, RunError) else f"cannot write {getattr(error, 'filename', None) or folder}"
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise RunError(
-            f"the disk is full: cannot write {where} ({free / 2**20:.0f} MiB free on its file system). "
+            f"{_DISK_FULL}: {what} ({free / 2**20:.0f} MiB free on its file system). "
             f"What was done is kept; free some space and run: holdtrue resume {folder}"
         ) from error
