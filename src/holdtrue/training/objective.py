@@ -16,8 +16,8 @@ from torch import Tensor
 
 from holdtrue.defenses.base import Coverage, TokenChunk
 
-LOGITS_PER_CHUNK = 2**22
-"""Logits held at once for one model: 16 MiB in float32, whatever the vocabulary."""
+LOGITS_PER_CHUNK = 2**21
+"""Logits held at once for one model: 8 MiB in float32, whatever the vocabulary."""
 
 
 @dataclass(frozen=True)
