@@ -25,7 +25,8 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
 
     def __init__(self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, defenses=defenses, kl_every=kl_every, **kwargs)
-        if self.args.packing or self.args.padding_free:
+        config: Any = self.args
+        if config.packing or config.padding_free:
             raise SpecError("defenses need padded batches: set packing=False and padding_free=False")
-        if self.args.loss_type != "nll":
-            raise SpecError(f"loss_type {self.args.loss_type!r} is not supported beside defenses: set it to 'nll'")
+        if config.loss_type != "nll":
+            raise SpecError(f"loss_type {config.loss_type!r} is not supported beside defenses: set it to 'nll'")

@@ -107,7 +107,9 @@ class DefendedTrainer(DefenseMixin, transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # Left to itself, PEFT asks the hub for the base model's configuration at every checkpoint.
-        self._policy.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        self._policy.save_pretrained(folder, save_embedding_layers=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
