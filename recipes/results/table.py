@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from holdtrue.evaluation import compare_results, read_result
 from holdtrue.runs import Run
 
 
@@ -63,6 +64,33 @@ def main(folder: Path, names: list[str]) -> None:
             f"| {run.name} | {rows} | {report['steps']} | {report['tokens']} | {report['padding']:.1%} "
             f"| {report['eval_kl']:.3f} | {report['seconds']:.0f} | {report['tokens_per_second']:.0f} |"
         )
+
+    against(runs, folder)
+
+
+def against(runs: list[Run], folder: Path) -> None:
+    """Print each run's paired difference from ``undefended``, where both had the same rows."""
+    plain = next((run for run in runs if run.name == "undefended"), None)
+    if plain is None:
+        return
+    print("\n| run against `undefended` | medical margin | shift undone | narrow NLL | narrow learning kept |")
+    print("|---|---|---|---|---|")
+    fit, medical, _ = (found[3] for found in measured(plain, folder))
+    for run in runs:
+        if run is plain or run.spec.data.train != plain.spec.data.train:
+            continue
+        own_fit, own_medical, _ = (found[3] for found in measured(run, folder))
+        margin = compare_results(read_result(own_medical), read_result(medical)).to_json()
+        nll = compare_results(read_result(own_fit), read_result(fit)).to_json()
+        undone = 1 - own_medical["change"]["margin_change"] / medical["change"]["margin_change"]
+        kept = own_fit["change"]["nll_change"] / fit["change"]["nll_change"]
+        cells = (
+            interval(margin["margin_change"], margin["margin_change_ci"], sign=True),
+            f"{undone:.0%}",
+            interval(nll["nll_change"], nll["nll_change_ci"], sign=True),
+            f"{kept:.0%}",
+        )
+        print(f"| {run.name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
