@@ -9,7 +9,7 @@ import pytest
 from holdtrue.cli.main import main
 from holdtrue.runs import Run
 
-DEFENSES = "[{kl: {weight: 1.0}}, {ldifs: {weight: 1.0}}, {interleave: {pool: valid.jsonl, fraction: 0.2}}]"
+DEFENSES = "[{kl: {weight: 1.0}}, {ldifs: {weight: 1.0, layers: 3}}, {interleave: {pool: valid.jsonl, fraction: 0.2}}]"
 
 
 def test_one_by_four_equals_four_by_one(folder: Path) -> None:
