@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import Field
 
 from holdtrue.defenses.base import Defense, RunContext
-from holdtrue.errors import NeedError
+from holdtrue.errors import HoldtrueError, NeedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,7 +148,6 @@ class _Ends:
             checkpoint.close()
 
     def _locate(self, end: str, name: str) -> Path:
-        from holdtrue.errors import HoldtrueError
         from holdtrue.models import read_adapter, resolve
 
         local = (self._context.folder / name).expanduser()

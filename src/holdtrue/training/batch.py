@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdtrue.data.batching import IGNORED
 from holdtrue.defenses.base import Coverage
 from holdtrue.training.objective import Positions
 
-IGNORED = -100
 COUNTS = ("tokens", "trained", "trained_task", "response", "examples", "slots")
 
 
