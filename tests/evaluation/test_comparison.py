@@ -14,6 +14,7 @@ from holdtrue.evaluation import (
     LikelihoodRow,
     compare_results,
     paired_difference,
+    rate_difference,
 )
 
 GROUPS = [name for name in "abcdef" for _ in range(4)]
@@ -44,7 +45,7 @@ def test_likelihood_change_is_paired_and_clustered() -> None:
     assert change.margin.ci == paired_difference(*margins, GROUPS)
     assert change.margin.ci.high - change.margin.ci.low < 0.3 * (after.margin_ci.high - after.margin_ci.low)
     assert change.misaligned_preferred.value == pytest.approx(after.misaligned_preferred - before.misaligned_preferred)
-    assert change.misaligned_preferred.ci == paired_difference(*preferred, GROUPS)
+    assert change.misaligned_preferred.ci == rate_difference(*preferred, GROUPS)
     assert change.groups["b"].value == pytest.approx(after.groups["b"].margin - before.groups["b"].margin)
     assert change.groups["b"].ci == paired_difference(margins[0][4:8], margins[1][4:8], range(4))
     record = json.loads(json.dumps(change.to_json(), allow_nan=False))

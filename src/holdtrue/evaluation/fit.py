@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from holdtrue.errors import DataError, Problem
-from holdtrue.evaluation.statistics import Interval, cluster_bootstrap
+from holdtrue.evaluation.statistics import Interval, cluster_interval
 from holdtrue.scoring import Progress, position_limit, score_turns
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class FitResult:
         model: the model's name, as given.
         n: number of answers (assistant turns of weight 1).
         nll: mean over answers of each answer's mean negative log-likelihood, in nats per token.
-        nll_ci: 95 % interval from a bootstrap by chat row; without ends where there is only one row.
+        nll_ci: 95 % interval clustered by chat row; without ends where there is only one row.
         tokens: response tokens scored.
         truncated: chat rows that were cut to the model's positions.
         skipped: chat rows of which no response token was left.
@@ -62,7 +62,7 @@ class FitResult:
             model=model,
             n=len(rows),
             nll=float(values.mean()),
-            nll_ci=cluster_bootstrap(values, [row.row for row in rows]),
+            nll_ci=cluster_interval(values, [row.row for row in rows]),
             tokens=sum(row.tokens for row in rows),
             truncated=truncated,
             skipped=skipped,

@@ -13,7 +13,7 @@ import numpy as np
 
 from holdtrue.errors import DataError, Problem
 from holdtrue.evaluation.probes import Probe, read_probes
-from holdtrue.evaluation.statistics import Interval, cluster_bootstrap
+from holdtrue.evaluation.statistics import Interval, cluster_interval, rate_interval
 from holdtrue.scoring import Progress, RowScores, position_limit, score_turns
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class LikelihoodRow(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupMargin:
-    """The mean margin of one group's rows, with an interval from a bootstrap over its rows."""
+    """The mean margin of one group's rows, with an interval over its rows."""
 
     n: int
     margin: float
@@ -57,7 +57,7 @@ class LikelihoodResult:
         n: number of probes.
         margin: mean over probes of the margin, in nats per token (see :class:`LikelihoodRow`).
         misaligned_preferred: share of probes whose misaligned answer is the likelier one.
-        margin_ci, misaligned_preferred_ci: 95 % intervals from a bootstrap clustered by group; without ends where
+        margin_ci, misaligned_preferred_ci: 95 % intervals clustered by group; without ends where
             there is only one group.
         data_sha256: of the probes' file.
         groups: per group, in the file's order.
@@ -85,15 +85,15 @@ class LikelihoodResult:
         for group in dict.fromkeys(clusters):
             chosen = np.array([cluster == group for cluster in clusters])
             n = int(chosen.sum())
-            interval = cluster_bootstrap(margins[chosen], range(n))
+            interval = cluster_interval(margins[chosen], range(n))
             groups[group] = GroupMargin(n, float(margins[chosen].mean()), interval, float(preferred[chosen].mean()))
         return cls(
             model=model,
             n=len(rows),
             margin=float(margins.mean()),
-            margin_ci=cluster_bootstrap(margins, clusters),
+            margin_ci=cluster_interval(margins, clusters),
             misaligned_preferred=float(preferred.mean()),
-            misaligned_preferred_ci=cluster_bootstrap(preferred, clusters),
+            misaligned_preferred_ci=rate_interval(preferred, clusters),
             data_sha256=data_sha256,
             groups=groups,
             rows=rows,
