@@ -57,6 +57,18 @@ class DataError(HoldtrueError, ValueError):
         super().__init__(f"{self.path}: {self.total} {noun}\n" + "\n".join(lines))
 
 
+class GateError(HoldtrueError):
+    """A gate failed or stayed undecided."""
+
+    exit_code = 3
+
+
+class BudgetError(HoldtrueError):
+    """A budget ran out midway; what was done is kept, and the text says what was not."""
+
+    exit_code = 6
+
+
 class Interrupted(HoldtrueError):  # noqa: N818 (it names what happened; nothing failed)
     """The user stopped the run; what was done is kept and can be resumed."""
 
