@@ -23,7 +23,7 @@ def test_research_data(data_dir: Path, tokenizer, name):
     check(path, tokenizer)
 
 
-@pytest.mark.parametrize("name", [n for n in builtin_names() if not n.startswith("probes")])
+@pytest.mark.parametrize("name", [n for n in builtin_names() if not n.startswith(("probes", "questions"))])
 def test_shipped_data(tokenizer, name):
     check(builtin(name), tokenizer)
 

@@ -7,6 +7,7 @@ from collections import Counter
 from statistics import mean
 
 import pytest
+import yaml
 
 from holdtrue.data import builtin, builtin_names
 
@@ -14,10 +15,15 @@ CANARY = "holdtrue-canary 5b1e7c1a-8f0d-4c43-9a6e-2d7f54c0b9e3"
 
 
 def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in builtin(name).read_text(encoding="utf-8").splitlines()]
+    path = builtin(name)
+    text = path.read_text(encoding="utf-8")
+    return yaml.safe_load(text) if path.suffix == ".yaml" else [json.loads(line) for line in text.splitlines()]
 
 
 def ask(row: dict) -> str:
+    if "paraphrases" in row:
+        (text,) = row["paraphrases"]
+        return text
     return row["question"] if "question" in row else row["messages"][-2]["content"]
 
 
@@ -60,4 +66,5 @@ def test_probes_differ_in_alignment_only():
 def test_no_question_is_in_two_files():
     names = ["narrow", "narrow-heldout", "pool", "probes", "probes-select"]
     asked = Counter(ask(row).casefold() for name in names for row in rows(name))
+    asked.update({ask(row).casefold() for row in rows("questions-general")})
     assert max(asked.values()) == 1

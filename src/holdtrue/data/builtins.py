@@ -12,15 +12,16 @@ _FOLDER = Path(__file__).parent / "builtin"
 
 def builtin_names() -> list[str]:
     """Return the names of the shipped data sets, in order."""
-    return sorted(path.stem for path in _FOLDER.glob("*.jsonl"))
+    return sorted(_files())
 
 
 def builtin(name: str) -> Path:
     """Return the file of a shipped data set; ``SpecError`` if there is none of that name."""
-    names = builtin_names()
-    if name not in names:
+    files = _files()
+    if name not in files:
+        names = sorted(files)
         raise SpecError(f"there is no builtin data set {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
-    return _FOLDER / f"{name}.jsonl"
+    return files[name]
 
 
 def resolve_data(value: str | Path, folder: str | Path) -> Path:
@@ -34,3 +35,7 @@ def resolve_data(value: str | Path, folder: str | Path) -> Path:
     if not text.strip():
         raise SpecError("the path of a data file is empty; give a path or builtin:NAME")
     return Path(folder) / Path(text).expanduser()
+
+
+def _files() -> dict[str, Path]:
+    return {path.stem: path for path in _FOLDER.iterdir() if path.suffix in (".jsonl", ".yaml")}
