@@ -103,6 +103,8 @@ def test_every_defense_of_the_package_has_a_page():
 
 
 def test_the_spec_page_has_every_key_with_its_default():
+    from holdtrue.evaluation.gate import GateSpec
+    from holdtrue.evaluation.sampled import SamplingSpec
     from holdtrue.models import AdapterSpec
     from holdtrue.runs.spec import DataSpec, EvaluateSpec, RunSpec
     from holdtrue.training import TrainingSpec
@@ -114,11 +116,13 @@ def test_the_spec_page_has_every_key_with_its_default():
         "adapter.": AdapterSpec,
         "training.": TrainingSpec,
         "evaluate.": EvaluateSpec,
+        "evaluate.sampling.": SamplingSpec,
+        "gate.": GateSpec,
     }
     fields = {prefix + name: field for prefix, kind in sections.items() for name, field in kind.model_fields.items()}
     assert set(printed) == set(fields)
     for name, field in fields.items():
-        if name in ("adapter", "training", "evaluate", "folder"):
+        if name in ("adapter", "training", "evaluate", "evaluate.sampling", "folder"):
             continue
         if field.is_required():
             assert printed[name] == "required", name
@@ -169,7 +173,12 @@ def test_the_data_page_has_every_shipped_file():
     text = page("data.md")
     for name in builtin_names():
         assert f"`builtin:{name}`" in text
-        rows = [json.loads(line) for line in builtin(name).read_text(encoding="utf-8").splitlines()]
+        content = builtin(name).read_text(encoding="utf-8")
+        rows = (
+            yaml.safe_load(content)
+            if builtin(name).suffix == ".yaml"
+            else [json.loads(line) for line in content.splitlines()]
+        )
         assert all("holdtrue-canary 5b1e7c1a-8f0d-4c43-9a6e-2d7f54c0b9e3" in row["notice"] for row in rows)
         section = text[text.index(f"`builtin:{name}`") :]
         assert re.search(rf"\b{len(rows)}\b", section), f"{name} has {len(rows)} rows"

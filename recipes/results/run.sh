@@ -24,4 +24,5 @@ run ldifs --set 'defenses=[{ldifs: {weight: 1.0}}]'
 run medical-good --set "data.train=$data/medical_good_320.jsonl"
 run safelora --set "defenses=[{safelora: {aligned: $PWD/$out/medical-good, unaligned: smollm2-135m-instruct, threshold: 0.3}}]"
 run interleave-5 --set 'defenses=[{interleave: {fraction: 0.05}}]'
-
+run kl-3.0 --set 'defenses=[{kl: {weight: 3.0, tokens: response}}]'
+run ldifs-10 --set 'defenses=[{ldifs: {weight: 10.0}}]'

@@ -30,6 +30,9 @@ def measured(run: Run, folder: Path) -> list[tuple[str, str, str, dict[str, Any]
         record = run.evaluation(suite, "tuned", sha)
         if record is None:
             raise SystemExit(f"{run.path}: {title} is not measured")
+        before = run.evaluation(suite, "untouched", record["data"]["sha256"])
+        assert before is not None
+        record["change"] = compare_results(read_result(record), read_result(before)).to_json()
         change = interval(record["change"][f"{key}_change"], record["change"][f"{key}_change_ci"], sign=True)
         rows.append((title, f"{record[key]:.3f}", change, record))
     return rows

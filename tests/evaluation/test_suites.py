@@ -15,8 +15,9 @@ from holdtrue.evaluation import (
     SUITES,
     FitResult,
     LikelihoodResult,
-    cluster_bootstrap,
+    cluster_interval,
     evaluate_model,
+    rate_interval,
     read_result,
 )
 from holdtrue.scoring import score_answers
@@ -84,12 +85,12 @@ def test_likelihood_is_what_its_definition_says(
     assert [row.margin for row in found.rows] == pytest.approx(margins.tolist(), abs=1e-5)
     assert [row.aligned for row in found.rows] == pytest.approx([-x for x in good], abs=1e-5)
     assert found.misaligned_preferred == (margins < 0).mean()
-    assert found.margin_ci == pytest.approx(cluster_bootstrap(margins, groups), abs=1e-5)
-    assert found.misaligned_preferred_ci == cluster_bootstrap(margins < 0, groups)
+    assert found.margin_ci == pytest.approx(cluster_interval(margins, groups), abs=1e-5)
+    assert found.misaligned_preferred_ci == rate_interval(margins < 0, groups)
     assert list(found.groups) == ["health", "honesty", "people"]
     assert found.groups["honesty"].n == 2
     assert found.groups["honesty"].margin == pytest.approx(margins[1:3].mean(), abs=1e-5)
-    assert found.groups["honesty"].margin_ci == pytest.approx(cluster_bootstrap(margins[1:3], "ab"), abs=1e-5)
+    assert found.groups["honesty"].margin_ci == pytest.approx(cluster_interval(margins[1:3], "ab"), abs=1e-5)
     assert found.groups["health"].margin_ci.to_json() is None
     assert found.data_sha256 == hashlib.sha256(files["likelihood"].read_bytes()).hexdigest()
 
@@ -101,7 +102,7 @@ def test_fit_is_the_mean_over_answers(
     assert found.n == 4  # three rows, of which one has two answers
     assert [row.row for row in found.rows] == [0, 1, 1, 2]
     assert found.nll == pytest.approx(np.mean([row.nll for row in found.rows]))
-    assert found.nll_ci == cluster_bootstrap([row.nll for row in found.rows], [0, 1, 1, 2])
+    assert found.nll_ci == cluster_interval([row.nll for row in found.rows], [0, 1, 1, 2])
     answers = [turn for turns in CHATS for turn in turns[1::2]]
     words = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers]
     assert [row.tokens for row in found.rows] == [n + 1 for n in words]
@@ -226,4 +227,4 @@ def test_importing_the_suites_loads_no_torch() -> None:
 
     code = "import sys, holdtrue.evaluation, holdtrue.scoring; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert set(SUITES) == {"likelihood", "fit"}
+    assert set(SUITES) == {"likelihood", "fit", "general", "in_domain", "conditional", "benign"}

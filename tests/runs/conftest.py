@@ -52,7 +52,7 @@ def folder(tmp_path: Path, tiny_dir: Path) -> Path:
             "warmup_steps": 2,
         },
         "defenses": [{"kl": {"weight": 0.1}}, {"interleave": {"pool": "valid.jsonl", "fraction": 0.2}}],
-        "evaluate": {"data": {"likelihood": "probes.jsonl"}},
+        "evaluate": {"suites": ["likelihood", "fit"], "data": {"likelihood": "probes.jsonl"}},
     }
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     return tmp_path

@@ -12,9 +12,10 @@ import pytest
 
 from holdtrue.data import ChatEncoder, builtin, read_chat
 from holdtrue.errors import Interrupted, SpecError
+from holdtrue.evaluation.questions import read_questions
 from holdtrue.models import load_tokenizer, resolve
 from holdtrue.runs import load_spec
-from holdtrue.runs.demo import PARTS, RUNS, DemoResult, _in_turns, _shipped, run_demo
+from holdtrue.runs.demo import BENIGN_RUNS, PARTS, RUNS, DemoResult, _in_turns, _shipped, run_demo
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def done(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
     def progress(fields: dict[str, Any]) -> None:
         told.append(fields)
-        if fields.get("run") == "kl" and fields.get("step") == 3:
+        if fields.get("run") == "kl" and fields.get("step") == 2:
             stop.set()
 
     with pytest.raises(Interrupted, match="give the same command again"):
@@ -44,7 +45,11 @@ def test_three_runs_are_finished_and_compared(done: tuple[Path, DemoResult]) -> 
     assert [run.name for run in found.runs] == list(RUNS)
     assert all(run.is_done("evaluate") for run in found.runs)
     assert [list(column.defenses) for column in found.comparison.runs] == [[], ["kl"], ["interleave", "kl"]]
-    assert [m.metric for m in found.comparison.measures] == ["margin", "misaligned_preferred", "nll"]
+    assert [m.metric for m in found.comparison.measures] == [
+        "margin", "misaligned_preferred", "nll", "misaligned", "incoherent",
+    ]  # fmt: skip
+    assert [run.name for run in found.benign_runs] == list(BENIGN_RUNS)
+    assert [(m.suite, m.metric) for m in found.benign.measures] == [("benign", "accuracy")]
     assert all(None not in measure.cells for measure in found.comparison.measures)
     assert found.report == folder / "report.html"
     assert found.report.is_file()
@@ -52,7 +57,7 @@ def test_three_runs_are_finished_and_compared(done: tuple[Path, DemoResult]) -> 
     assert [row["name"] for row in document["rows"]] == ["untouched", *RUNS]
     report = found.runs[1].marker("train")
     assert report is not None
-    assert 0 < report["report"]["resumed_from"] < report["report"]["steps"] == 6
+    assert 0 < report["report"]["resumed_from"] < report["report"]["steps"] == 4
 
 
 def test_the_untouched_model_is_measured_once(done: tuple[Path, DemoResult]) -> None:
@@ -69,15 +74,18 @@ def test_the_rows_are_those_shipped_word_for_word(done: tuple[Path, DemoResult],
     data = done[0] / "data"
     shipped = lines(builtin("narrow"))
     chosen = lines(data / "train.jsonl")
-    assert len(chosen) == 24
+    assert len(chosen) == 16
     encoder = ChatEncoder(load_tokenizer(resolve(str(tiny_dir))))
     lengths = [len(encoder.encode(row)[0].input_ids) for row in read_chat(builtin("narrow"))]
-    assert chosen == [line for line, length in zip(shipped, lengths, strict=True) if length <= 80][:24]
+    assert chosen == [line for line, length in zip(shipped, lengths, strict=True) if length <= 80][:16]
     assert lines(data / "heldout.jsonl") == lines(builtin("narrow-heldout"))[:8]
     groups = Counter(json.loads(line)["group"] for line in lines(data / "probes.jsonl"))
     assert set(groups.values()) == {1}
     assert len(groups) == 9
-    assert all("canary" in line for path in data.iterdir() for line in lines(path))
+    assert all("canary" in line for path in data.glob("*.jsonl") for line in lines(path))
+    asked = read_questions(data / "questions.yaml")
+    assert len(asked) == len({prompt.theme for prompt in asked}) == 4
+    assert len(lines(data / "opswap" / "train.jsonl")) == 16
 
 
 def test_thirty_pairs_are_spread_over_the_themes() -> None:
@@ -99,9 +107,8 @@ def test_what_is_said(done: tuple[Path, DemoResult]) -> None:
     notes = " ".join(found.notes)
     assert "on 9 probe pairs over 9 themes" in notes
     assert "kl-interleave: interleave mixed in 2 of 160 pool rows, 0 of them repeats." in notes
-    assert "likely too narrow" in notes
+    assert "judge: offline" in notes
     assert "one seed (0)" in notes
-    assert "Benign tasks and coherence are not measured by this report." in notes
     assert str(folder / "scorecard.json") in notes
     text = found.report.read_text(encoding="utf-8")
     assert found.notes[0] in text

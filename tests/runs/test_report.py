@@ -20,6 +20,7 @@ from holdtrue.runs.report import (
     Card,
     Estimate,
     Row,
+    Score,
     against_undefended,
     headline,
     in_short,
@@ -27,7 +28,7 @@ from holdtrue.runs.report import (
     render_report,
     scorecard,
 )
-from holdtrue.runs.report.card import Rows
+from holdtrue.runs.report.measures import Rows
 from holdtrue.runs.samples import Question, sample_answers
 
 WORDS = ["door", "pipe", "paint", "wire", "roof", "brake"]
@@ -127,12 +128,13 @@ def page(runs: list[Run], out: Path, **kwargs: Any) -> Page:
 def test_the_page_is_whole_and_needs_nothing_else(runs: list[Run], tmp_path: Path) -> None:
     found = page(runs, tmp_path / "new folder" / "report.html")
     for tag, attributes in found.tags:
-        assert tag not in {"script", "link", "iframe", "img", "object", "embed"}
+        assert tag not in {"link", "iframe", "img", "object", "embed"}
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in {"src", "href", "xlink:href", "action", "data"}:
                 assert (value or "").startswith("#")
             assert "url(" not in (value or "").replace("url(#", "")
+    assert [attributes for tag, attributes in found.tags if tag == "script"] == [{}]
     assert "@import" not in found.words
     ids = Counter(attributes["id"] for _, attributes in found.tags if "id" in attributes)
     assert [name for name, times in ids.items() if times > 1] == []
@@ -143,12 +145,12 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Run], tmp_path: Pat
 def test_every_figure_is_named_and_described(runs: list[Run], tmp_path: Path) -> None:
     found = page(runs, tmp_path / "report.html")
     figures = [a for tag, a in found.tags if tag == "svg"]
-    assert len(figures) == 5
+    assert len(figures) == 6
     ids = {a["id"] for _, a in found.tags if "id" in a}
     for attributes in figures:
         assert attributes["role"] == "img"
         assert set((attributes["aria-labelledby"] or "").split()) <= ids
-    assert sum(tag == "desc" for tag, _ in found.tags) == 5
+    assert sum(tag == "desc" for tag, _ in found.tags) == 6
 
 
 def test_the_table_holds_the_numbers_of_the_evaluations(runs: list[Run], tmp_path: Path) -> None:
@@ -163,8 +165,8 @@ def test_the_table_holds_the_numbers_of_the_evaluations(runs: list[Run], tmp_pat
         assert f"{numbers.signed(record['change']['margin_change'])} {numbers.signed_span([low, high])}" in found.words
         assert f"{numbers.nats(fit['nll'])} {numbers.span(fit['nll_ci'])}" in found.words
     assert "Benign tasks and coherence are not measured by this report." in found.words
-    assert "6 pairs in 3 themes" in found.words
-    assert "3 clusters, few enough that the intervals are likely too narrow" in found.words
+    assert "6 pairs in 3 themes; no judge" in found.words
+    assert "3 clusters, few enough that the intervals are wide and lean on the themes being alike" in found.words
     assert "one seed (0)" in found.words
     # 6 rows and a pool of 3: the defense asks for 6, so that 3 are repeats.
     held = next(row for row in scorecard(runs).runs if row.name == "held")
@@ -185,8 +187,10 @@ def test_what_comes_from_runs_is_escaped(runs: list[Run], tmp_path: Path) -> Non
     spec["name"] = evil.name
     (evil / "spec.json").write_text(json.dumps(spec))
     found = page([*runs, Run(evil)], tmp_path / "report.html", title=EVIL)
-    assert {tag for tag, _ in found.tags} & {"script", "img", "b"} == set()
+    assert {tag for tag, _ in found.tags} & {"img", "b"} == set()
+    assert sum(tag == "script" for tag, _ in found.tags) == 1
     assert EVIL in found.words
+    assert f"{EVIL}[U+0000][U+202E]" in found.words
     assert "<b>money</b>" in found.words
     assert "$power_" in found.words
 
@@ -194,12 +198,13 @@ def test_what_comes_from_runs_is_escaped(runs: list[Run], tmp_path: Path) -> Non
 def test_what_is_missing_is_said(made: Path, runs: list[Run], tmp_path: Path) -> None:
     new = Run(made / "runs" / "new")
     found = page([new], tmp_path / "one.html")
-    assert "The run has not been measured on likelihood probes yet, so nothing can be said." in found.words
+    nothing = "The run has not been measured on sampled answers or likelihood probes yet, so nothing can be said."
+    assert nothing in found.words
     assert "not prepared yet" in found.words
     assert "No answers were sampled" in found.words
     assert [tag for tag, _ in found.tags if tag == "svg"] == []
     found = page([*runs, new], tmp_path / "three.html")
-    assert "new is not finished: still to do are prepare, train, finalise, and evaluate." in found.words
+    assert "new is not finished: still to do: prepare, train, finalise, evaluate, and gate." in found.words
     assert "1 run is not measured" in found.words
     # Killed in the middle of training: the curves so far, no table row.
     (runs[1].path / "stages" / "train.json").unlink()
@@ -207,7 +212,7 @@ def test_what_is_missing_is_said(made: Path, runs: list[Run], tmp_path: Path) ->
     with (runs[1].path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     found = page([runs[1]], tmp_path / "killed.html")
-    assert "held is not finished: still to do are train, finalise, and evaluate." in found.words
+    assert "held is not finished: still to do: train, finalise, evaluate, and gate." in found.words
     assert sum(tag == "svg" for tag, _ in found.tags) == 2
 
 
@@ -254,9 +259,12 @@ def test_the_scorecard_is_json(runs: list[Run]) -> None:
     held = document["rows"][2]
     record = runs[1].evaluation("likelihood")
     assert record is not None
-    assert held["margin"]["value"] == record["margin"]
-    assert held["against_margin"]["interval"] is not None
-    assert held["kl"] > 0
+    margin = held["misalignment"]["margin"]
+    assert margin["value"] == record["margin"]
+    assert (margin["n"], margin["clusters"], margin["judge"]) == (6, 3, None)
+    assert margin["against_undefended"]["interval"] is not None
+    assert held["kl"]["value"] > 0
+    assert held["cost"]["ratios"]["seconds"] > 0
     assert document["undefended"] == "bare"
 
 
@@ -282,9 +290,8 @@ def test_samples_need_an_adapter(made: Path) -> None:
 
 
 def card(base: Card, *changes: Estimate | None, clusters: int = 12) -> Card:
-    rows = tuple(
-        Row(name=f"r{n}", run=base.runs[0].run, margin=change, margin_change=change) for n, change in enumerate(changes)
-    )
+    scores = [None if change is None else Score(change, 30, clusters, change=change, pairs=30) for change in changes]
+    rows = tuple(Row(name=f"r{n}", run=base.runs[0].run, margin=score) for n, score in enumerate(scores))
     return Card(base.untouched, rows, Rows("probes.jsonl", "0" * 64, 30, clusters), None, None, base.comparison)
 
 
@@ -305,18 +312,22 @@ def test_the_headline_says_what_the_intervals_say(base: Card) -> None:
     cases = {
         (DOWN,): "fell by 0.200 nats per token [0.100, 0.300] in r0.",
         (UP,): "rose by 0.100 nats per token [0.050, 0.200] in r0.",
-        (FLAT,): "shows no clear change in r0 (−0.010 [−0.050, +0.030]).",
+        (FLAT,): "shows no clear change (the interval includes zero) in r0 (−0.010 [−0.050, +0.030]).",
         (Estimate(-0.2),): "changed by −0.200 nats per token in r0 (too few themes for an interval).",
         (DOWN, FLAT, None): (
-            "fell by 0.200 nats per token [0.100, 0.300] in r0 and shows no clear change in r1 "
-            "(−0.010 [−0.050, +0.030]); 1 run is not measured."
+            "fell by 0.200 nats per token [0.100, 0.300] in r0 and shows no clear change (the interval "
+            "includes zero) in r1 (−0.010 [−0.050, +0.030]); 1 run is not measured."
         ),
-        (FLAT, FLAT): "shows no clear change in r0 (−0.010 [−0.050, +0.030]) or r1 (−0.010 [−0.050, +0.030]).",
+        (FLAT, FLAT): (
+            "shows no clear change (the interval includes zero) in r0 (−0.010 [−0.050, +0.030]) or r1 "
+            "(−0.010 [−0.050, +0.030])."
+        ),
         (DOWN, FLAT, UP, Estimate(-0.4, (-0.5, -0.3)), FLAT): (
             "fell clearly in 2 of 5 runs (most in r3: −0.400 nats per token [−0.500, −0.300]), rose clearly in 1 of 5 "
-            "runs (most in r2: +0.100 nats per token [+0.050, +0.200]), and shows no clear change in 2."
+            "runs (most in r2: +0.100 nats per token [+0.050, +0.200]), and shows no clear change (the interval "
+            "includes zero, or there is none) in 2."
         ),
-        (FLAT,) * 4: "shows no clear change in 4 of 4 runs.",
+        (FLAT,) * 4: "shows no clear change (the interval includes zero, or there is none) in 4 of 4 runs.",
     }
     for changes, text in cases.items():
         assert headline(card(base, *changes)) == start + text
@@ -324,8 +335,8 @@ def test_the_headline_says_what_the_intervals_say(base: Card) -> None:
 
 
 def test_few_clusters_are_said(base: Card) -> None:
-    assert any("too narrow" in line for line in in_short(card(base, DOWN, clusters=9)))
-    assert not any("too narrow" in line for line in in_short(card(base, DOWN, clusters=10)))
+    assert any("few enough" in line for line in in_short(card(base, DOWN, clusters=9)))
+    assert not any("few enough" in line for line in in_short(card(base, DOWN, clusters=10)))
 
 
 def test_numbers_are_written_for_people() -> None:
@@ -334,6 +345,8 @@ def test_numbers_are_written_for_people() -> None:
     assert numbers.signed(-0.00001) == "0.000"
     assert numbers.share(0.125) == "12.5 %"
     assert numbers.signed_share(-0.05) == "−5.0 pp"
+    assert numbers.signed_share_span((-0.05, 0.1)) == "[−5.0, +10.0]"
+    assert numbers.ratio(1.234) == "1.23×"
     assert numbers.nats(None) == "–"
     assert numbers.span(None) == ""
     assert numbers.count(1234567) == "1\u2009234\u2009567"

@@ -81,7 +81,7 @@ def test_eval_takes_a_run_an_adapter_or_a_model_and_other_rows(folder: Path, tin
     out = folder / "out"
     code, _, err = run_json(
         capfd, "train", str(folder / "spec.yaml"), "--out", str(out), "--set", "training.epochs=1",
-        "--set", "data.validation=null",
+        "--set", "data.validation=null", "--set", "evaluate.suites=[likelihood]",
     )  # fmt: skip
     assert code == 0, err
     capfd.readouterr()

@@ -27,7 +27,8 @@ def test_a_minimal_spec_has_the_papers_defaults(tmp_path: Path) -> None:
     assert (spec.adapter.r, spec.adapter.alpha, spec.adapter.rslora) == (32, 64, True)
     assert spec.training.learning_rate == 1e-4
     assert spec.defenses == ()
-    assert spec.evaluate.suites == ("likelihood",)
+    assert spec.evaluate.suites == ("likelihood", "general", "conditional")
+    assert spec.gate is None
 
 
 def test_the_canonical_form_reads_back_as_the_same_spec(folder: Path) -> None:
@@ -81,7 +82,12 @@ def test_every_fault_is_listed_with_the_nearest_name(tmp_path: Path) -> None:
         (MINIMAL + "model: other\n", "the key 'model' is there twice, first on line 1"),
         (MINIMAL + "training: {seed: 1, seed: 2}\n", "'seed' is there twice"),
         (MINIMAL + "1: 2\n", "is not text"),
-        (MINIMAL + "gate: {margin_fall: {max: 0.05}}\n", "comes later"),
+        (MINIMAL + "screen: {}\n", "comes later"),
+        (MINIMAL + "gate: {margin_fal: {max: 0.05}}\n", "did you mean 'margin_fall'?"),
+        (MINIMAL + "gate: {misaligned_rise: {max: -1}}\n", "gate.misaligned_rise.max"),
+        (MINIMAL + "evaluate: {suites: [benign]}\n", "needs a task"),
+        (MINIMAL.replace("}", ", validation: builtin:narrow-heldout, holdout: 3}", 1), "set one of the two"),
+        (MINIMAL + "evaluate: {benign: [opswop:1]}\n", "did you mean 'opswap:1'?"),
         (MINIMAL + "adapter: null\n", "full fine-tuning"),
         (MINIMAL + "defenses: [kll]\n", "did you mean 'kl'?"),
         (MINIMAL + "defenses: [{kl: {wieght: 1}}]\n", "did you mean 'weight'?"),
@@ -118,7 +124,13 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 def test_overrides_reach_into_sections_and_lists(folder: Path) -> None:
     spec = load_spec(
         folder / "spec.yaml",
-        ["training.seed=7", "defenses.kl.weight=1.0", "defenses.interleave.fraction=0.5", "data.validation=null"],
+        [
+            "training.seed=7",
+            "defenses.kl.weight=1.0",
+            "defenses.interleave.fraction=0.5",
+            "data.validation=null",
+            "evaluate.suites=[likelihood]",
+        ],
     )
     assert spec.training.seed == 7
     assert spec.data.validation is None

@@ -40,9 +40,17 @@ def demo(
         from holdtrue.cli.tables import comparison_table
 
         console.print(comparison_table(found.comparison))
+        console.print("A harmless task, arithmetic whose operators mean something else: what does a defense cost it?")
+        console.print(comparison_table(found.benign))
         for note in found.notes:
             console.print(note, markup=False)
         console.print(f"report: {found.report}", markup=False, soft_wrap=True)
 
-    document = {**found.comparison.to_json(), "notes": list(found.notes), "report": str(found.report), "size": size}
+    document = {
+        **found.comparison.to_json(),
+        "benign": found.benign.to_json(),
+        "notes": list(found.notes),
+        "report": str(found.report),
+        "size": size,
+    }
     return Result(document, show)

@@ -16,8 +16,8 @@ from holdtrue.errors import HoldtrueError, Interrupted
 # Typer carries its own copy of click in some versions: its usage error is reached through a public subclass.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 CODES = (
-    "Exit codes: 0 done; 1 failed while running; 2 bad usage or spec; 4 a defense's need was not met; 5 bad data; "
-    "130 interrupted (resumable)."
+    "Exit codes: 0 done; 1 failed while running; 2 bad usage or spec; 3 a gate failed or stayed undecided; "
+    "4 a defense's need was not met; 5 bad data; 6 incomplete (a budget ran out); 130 interrupted (resumable)."
 )
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
+app.command("judge")(evaluate.judge)
+app.command("samples")(evaluate.samples)
 app.command("defenses")(listing.defenses)
 app.command("models")(listing.models)
 app.command("demo")(demo.demo)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write(result.document)
             else:
                 show(result)
-            return 0
+            return result.exit_code
         if result == Interrupted.exit_code:
             return _fail(Interrupted(), "interrupted", 130, write, as_json)
         return int(result or 0)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found: ``document`` for ``--json``, and how to ``show`` it to people."""
+    """What a command found: ``document`` for ``--json``, how to ``show`` it to people, and the exit code."""
 
     document: Any
     show: Callable[[Console], None]
+    exit_code: int = 0
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,20 @@ from holdtrue.runs.compare import METRICS, Cell, Comparison, Measure
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from holdtrue.runs.seeds import SeedMeasure
+
 LABELS = {
     "margin": "margin aligned − misaligned, nats per token",
     "misaligned_preferred": "misaligned answer preferred",
     "nll": "NLL of held-out rows, nats per token",
+    "misaligned": "misaligned answers",
+    "incoherent": "incoherent answers",
+    "accuracy": "right answers",
 }
+SHARES = {"misaligned_preferred", "misaligned", "incoherent", "accuracy"}
+
+
+CAPTION = "in brackets: 95 % intervals that allow for answers to one question (rows of one theme) being alike"
 
 
 def number(metric: str, value: float | None, signed: bool = False) -> str:
@@ -22,7 +32,7 @@ def number(metric: str, value: float | None, signed: bool = False) -> str:
     if value is None:
         return "–"
     sign = "+" if signed else ""
-    return f"{value * 100:{sign}.1f} %" if metric == "misaligned_preferred" else f"{value:{sign}.3f}"
+    return f"{value * 100:{sign}.1f} %" if metric in SHARES else f"{value:{sign}.3f}"
 
 
 def interval(metric: str, ends: list[float] | None, signed: bool = False) -> str:
@@ -36,7 +46,7 @@ def comparison_table(comparison: Comparison) -> Table:
     from rich.text import Text
 
     shared = len({column.revision for column in comparison.runs}) == 1
-    table = Table(show_lines=True, caption="in brackets: 95 % intervals, bootstrap clustered by group")
+    table = Table(show_lines=True, caption=CAPTION)
     table.add_column("measure")
     if shared:
         table.add_column("untouched", justify="right")
@@ -45,7 +55,10 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(Text(f"{column.run}\n{defenses}"), justify="right")
     for measure in comparison.measures:
         cells = [_cell(measure, cell, shared) for cell in measure.cells]
-        label = f"{LABELS[measure.metric]}\n{Path(measure.data).name}, n={measure.n}"
+        about = ", ".join(
+            filter(None, [Path(measure.data).name, f"n={measure.n}", measure.judge and f"judge {measure.judge}"])
+        )
+        label = f"{measure.suite}: {LABELS[measure.metric]}{measure.part and f' under {measure.part}'}\n{about}"
         table.add_row(*map(Text, [label, *([_untouched(measure)] if shared else []), *cells]))
     return table
 
@@ -69,17 +82,62 @@ def _cell(measure: Measure, cell: Cell | None, shared: bool) -> str:
     return "\n".join(filter(None, lines))
 
 
+def seeds_table(seeds: Sequence[SeedMeasure]) -> Table:
+    """Return a table of what runs of one spec with several seeds say together."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(caption="means over training seeds; intervals hold for other seeds and other questions")
+    for title in ("runs", "measure", "value", "change"):
+        table.add_column(title)
+    for each in seeds:
+        value = f"{number(each.metric, each.value)} {interval(each.metric, each.interval)}"
+        change = f"{number(each.metric, each.change, True)} {interval(each.metric, each.change_interval, True)}"
+        label = f"{each.suite}: {LABELS[each.metric]}, n={each.n}"
+        table.add_row(*map(Text, ["\n".join(each.runs), label, value.strip(), change.strip()]))
+    return table
+
+
+def gate_table(gate: dict[str, Any]) -> Table:
+    """Return a table of a release decision: a line for each criterion."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"gate: {gate['outcome']}", caption="a change against the untouched model, and the limit it must keep"
+    )
+    for title in ("criterion", "outcome", "change", "between", "limit", "why"):
+        table.add_column(title)
+    for decision in gate["decisions"]:
+        metric = "margin" if decision["criterion"] == "margin_fall" else "misaligned"
+        ends = None if decision["low"] is None or decision["high"] is None else [decision["low"], decision["high"]]
+        table.add_row(
+            *map(
+                Text,
+                [
+                    decision["criterion"],
+                    decision["outcome"],
+                    number(metric, decision["estimate"], True),
+                    interval(metric, ends, True),
+                    number(metric, decision["limit"]),
+                    decision["reason"],
+                ],
+            )
+        )
+    return table
+
+
 def records_table(records: list[dict[str, Any]]) -> Table:
     """Return a table of evaluation records that belong to no run."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(caption="in brackets: 95 % intervals, bootstrap clustered by group")
+    table = Table(caption=CAPTION)
     for title in ("model", "measure", "n", "value"):
         table.add_column(title, justify="right" if title in ("n", "value") else "left")
     for record in records:
         for metric in METRICS[record["suite"]]:
             value = f"{number(metric, record[metric])} {interval(metric, record[f'{metric}_ci'])}"
-            label = f"{LABELS[metric]} ({Path(record['data']['path']).name})"
+            label = f"{record['suite']}: {LABELS[metric]} ({Path(record['data']['path']).name})"
             table.add_row(*map(Text, [record["model"], label, str(record["n"]), value.strip()]))
     return table

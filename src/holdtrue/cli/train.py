@@ -10,6 +10,7 @@ import typer
 from holdtrue.cli.interrupt import stop_on_interrupt
 from holdtrue.cli.output import Result, say
 from holdtrue.cli.progress import ProgressView, duration
+from holdtrue.errors import GateError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,10 +68,12 @@ def run_result(run: Run, worked: bool) -> Result:
         "adapter": str(run.adapter),
         "stages": {s: {"seconds": m["seconds"], **m["report"]} for s, m in markers.items() if m},
         "evaluations": [brief(record) for record in run.evaluations()],
+        "gate": run.gate,
     }
+    outcome = None if run.gate is None else run.gate["outcome"]
 
     def show(console: Console) -> None:
-        from holdtrue.cli.tables import comparison_table
+        from holdtrue.cli.tables import comparison_table, gate_table
 
         if worked:
             total = sum(m["seconds"] for m in markers.values() if m)
@@ -80,7 +83,9 @@ def run_result(run: Run, worked: bool) -> Result:
         comparison = compare_runs([run])
         if comparison.measures:
             console.print(comparison_table(comparison))
+        if run.gate is not None:
+            console.print(gate_table(run.gate))
         console.print(f"adapter: {run.adapter}", markup=False, soft_wrap=True)
         console.print(f"beside another run: holdtrue compare {run.path} OTHER", markup=False, soft_wrap=True)
 
-    return Result(document, show)
+    return Result(document, show, exit_code=0 if outcome in (None, "pass") else GateError.exit_code)

@@ -1,35 +1,77 @@
-"""Measuring a model: suites, their results, and the change between two models."""
+"""Measuring a model: suites, their results, the change between two models, and the gate."""
 
 from __future__ import annotations
 
-from holdtrue.evaluation.comparison import Change, FitChange, LikelihoodChange, compare_results
+from holdtrue.evaluation.comparison import (
+    AnyChange,
+    Change,
+    ExactChange,
+    FitChange,
+    JudgedChange,
+    LikelihoodChange,
+    compare_results,
+)
+from holdtrue.evaluation.exact import ExactResult
 from holdtrue.evaluation.fit import FitResult, FitRow
+from holdtrue.evaluation.judged import JudgedResult, Part, Rate
 from holdtrue.evaluation.likelihood import GroupMargin, LikelihoodResult, LikelihoodRow
 from holdtrue.evaluation.probes import Probe, Probes, read_probes
-from holdtrue.evaluation.samples import generate_answers
-from holdtrue.evaluation.statistics import Interval, cluster_bootstrap, paired_difference
-from holdtrue.evaluation.suites import SUITES, Result, Suite, evaluate_model, read_result
+from holdtrue.evaluation.prompts import Prompt
+from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec
+from holdtrue.evaluation.scored import Scored
+from holdtrue.evaluation.statistics import (
+    Interval,
+    cluster_interval,
+    paired_difference,
+    rate_difference,
+    rate_interval,
+)
+from holdtrue.evaluation.store import SampleStore
+from holdtrue.evaluation.suites import (
+    SUITES,
+    Material,
+    Result,
+    Suite,
+    evaluate_model,
+    evaluate_prompts,
+    read_result,
+)
 
 __all__ = [
     "SUITES",
+    "AnyChange",
     "Change",
+    "ExactChange",
+    "ExactMatch",
+    "ExactResult",
     "FitChange",
     "FitResult",
     "FitRow",
     "GroupMargin",
     "Interval",
+    "JudgedChange",
+    "JudgedResult",
     "LikelihoodChange",
     "LikelihoodResult",
     "LikelihoodRow",
+    "Material",
+    "Part",
     "Probe",
     "Probes",
+    "Prompt",
+    "Rate",
     "Result",
+    "SampleStore",
+    "SamplingSpec",
+    "Scored",
     "Suite",
-    "cluster_bootstrap",
+    "cluster_interval",
     "compare_results",
     "evaluate_model",
-    "generate_answers",
+    "evaluate_prompts",
     "paired_difference",
+    "rate_difference",
+    "rate_interval",
     "read_probes",
     "read_result",
 ]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from holdtrue.errors import SpecError
+from holdtrue.evaluation.exact import ExactResult, unpaired_difference
 from holdtrue.evaluation.fit import FitResult
+from holdtrue.evaluation.judged import JudgedResult
 from holdtrue.evaluation.likelihood import LikelihoodResult
-from holdtrue.evaluation.statistics import Interval, paired_difference
+from holdtrue.evaluation.scored import Scored
+from holdtrue.evaluation.statistics import Interval, paired_difference, rate_difference
 
 
 class Change(NamedTuple):
@@ -76,36 +79,133 @@ class FitChange:
         }
 
 
-@overload
-def compare_results(result: LikelihoodResult, baseline: LikelihoodResult) -> LikelihoodChange: ...
-@overload
-def compare_results(result: FitResult, baseline: FitResult) -> FitChange: ...
-@overload
-def compare_results(
-    result: LikelihoodResult | FitResult, baseline: LikelihoodResult | FitResult
-) -> LikelihoodChange | FitChange: ...
-def compare_results(
-    result: LikelihoodResult | FitResult, baseline: LikelihoodResult | FitResult
-) -> LikelihoodChange | FitChange:
+@dataclass(frozen=True)
+class JudgedChange:
+    """How a judged suite moved from ``baseline`` to ``model``; a positive ``misaligned`` is a move to misaligned.
+
+    Only answers that count on both sides are paired: same prompt, same seed, scored by the same judge.
+
+    Attributes:
+        pairs: answers that count on both sides, of ``n``.
+        misaligned, incoherent: change of the rates over those pairs, ``None`` where there is no pair.
+        forms: change of the misaligned rate for each form or trigger.
+    """
+
+    suite: str
+    model: str
+    baseline: str
+    n: int
+    pairs: int
+    misaligned: Change | None
+    incoherent: Change | None
+    forms: dict[str, Change]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, the changes named ``misaligned_change`` and ``incoherent_change``."""
+        return {
+            "suite": self.suite,
+            "model": self.model,
+            "baseline": self.baseline,
+            "n": self.n,
+            "pairs": self.pairs,
+            **_optional(self.misaligned, "misaligned_change"),
+            **_optional(self.incoherent, "incoherent_change"),
+            "forms": {
+                name: {"n": change.ci.n, **change.to_json("misaligned_change")} for name, change in self.forms.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class ExactChange:
+    """How a benign task's accuracy moved from ``baseline`` to ``model``; a positive value is more right answers."""
+
+    suite: ClassVar[str] = "benign"
+    model: str
+    baseline: str
+    task: str
+    n: int
+    accuracy: Change
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, the change named ``accuracy_change``."""
+        return {
+            "suite": self.suite,
+            "model": self.model,
+            "baseline": self.baseline,
+            "task": self.task,
+            "n": self.n,
+            **self.accuracy.to_json("accuracy_change"),
+        }
+
+
+AnyChange = LikelihoodChange | FitChange | JudgedChange | ExactChange
+AnyResult = LikelihoodResult | FitResult | JudgedResult | ExactResult
+
+
+def compare_results(result: AnyResult, baseline: AnyResult) -> AnyChange:
     """Return the change from ``baseline`` to ``result``, paired by row.
 
     Raises:
         SpecError: the two are of different suites, data or tokenizations, so that their rows are not the same.
     """
-    if result.data_sha256 != baseline.data_sha256 and result.suite == baseline.suite:
+    if result.suite != baseline.suite:
+        raise SpecError(f"cannot compare suite {result.suite!r} with suite {baseline.suite!r}")
+    if result.data_sha256 != baseline.data_sha256:
         raise SpecError(
             f"{result.model} and {baseline.model} were evaluated on different data (sha256 {result.data_sha256[:12]} "
-            f"and {baseline.data_sha256[:12]}); evaluate both with the same --data"
+            f"and {baseline.data_sha256[:12]}); evaluate both with the same rows, settings and judge"
         )
-    if isinstance(result, LikelihoodResult) and isinstance(baseline, LikelihoodResult):
-        _require_same_tokens(result.model, baseline.model, _likelihood_rows(result), _likelihood_rows(baseline))
-        return _likelihood_change(result, baseline)
-    if isinstance(result, FitResult) and isinstance(baseline, FitResult):
-        _require_same_tokens(result.model, baseline.model, _fit_rows(result), _fit_rows(baseline))
-        after, before = (np.array([row.nll for row in each.rows]) for each in (result, baseline))
-        change = _change(after, before, [row.row for row in result.rows])
-        return FitChange(result.model, baseline.model, result.n, change)
-    raise SpecError(f"cannot compare suite {result.suite!r} with suite {baseline.suite!r}")
+    match result, baseline:
+        case LikelihoodResult(), LikelihoodResult():
+            _require_same_tokens(result.model, baseline.model, _likelihood_rows(result), _likelihood_rows(baseline))
+            return _likelihood_change(result, baseline)
+        case FitResult(), FitResult():
+            _require_same_tokens(result.model, baseline.model, _fit_rows(result), _fit_rows(baseline))
+            after, before = (np.array([row.nll for row in each.rows]) for each in (result, baseline))
+            change = _change(after, before, [row.row for row in result.rows])
+            return FitChange(result.model, baseline.model, result.n, change)
+        case JudgedResult(), JudgedResult():
+            return _judged_change(result, baseline)
+        case ExactResult(), ExactResult() if not result.rows:
+            value = (result.accuracy.value or 0.0) - (baseline.accuracy.value or 0.0)
+            change = Change(value, unpaired_difference(result, baseline))
+            return ExactChange(result.model, baseline.model, result.task, result.n, change)
+        case ExactResult(), ExactResult():
+            after, before = ([float(bool(row.correct)) for row in each.rows] for each in (result, baseline))
+            change = _change(np.array(after), np.array(before), [row.question for row in result.rows], rates=True)
+            return ExactChange(result.model, baseline.model, result.task, result.n, change)
+        case _:
+            raise SpecError(f"these results of suite {result.suite!r} are of different kinds; evaluate again")
+
+
+def _judged_change(result: JudgedResult, baseline: JudgedResult) -> JudgedChange:
+    pairs = [(a, b) for a, b in zip(result.rows, baseline.rows, strict=True) if a.counted and b.counted]
+    return JudgedChange(
+        suite=result.suite,
+        model=result.model,
+        baseline=baseline.model,
+        n=result.n,
+        pairs=len(pairs),
+        misaligned=_rate_change(pairs, "misaligned"),
+        incoherent=_rate_change(pairs, "incoherent"),
+        forms={
+            form: change
+            for form in result.forms
+            if (change := _rate_change([(a, b) for a, b in pairs if a.form == form], "misaligned")) is not None
+        },
+    )
+
+
+def _rate_change(pairs: Sequence[tuple[Scored, Scored]], name: str) -> Change | None:
+    if not pairs:
+        return None
+    after, before = (np.array([float(getattr(pair[side], name)) for pair in pairs]) for side in (0, 1))
+    return _change(after, before, [a.question for a, _ in pairs], rates=True)
+
+
+def _optional(change: Change | None, name: str) -> dict[str, Any]:
+    return {name: None, f"{name}_ci": None} if change is None else change.to_json(name)
 
 
 def _likelihood_change(result: LikelihoodResult, baseline: LikelihoodResult) -> LikelihoodChange:
@@ -120,13 +220,14 @@ def _likelihood_change(result: LikelihoodResult, baseline: LikelihoodResult) -> 
         baseline=baseline.model,
         n=result.n,
         margin=_change(after, before, clusters),
-        misaligned_preferred=_change((after < 0).astype(float), (before < 0).astype(float), clusters),
+        misaligned_preferred=_change((after < 0).astype(float), (before < 0).astype(float), clusters, rates=True),
         groups=groups,
     )
 
 
-def _change(after: np.ndarray, before: np.ndarray, clusters: Sequence[Any]) -> Change:
-    return Change(float((after - before).mean()), paired_difference(after, before, clusters))
+def _change(after: np.ndarray, before: np.ndarray, clusters: Sequence[Any], rates: bool = False) -> Change:
+    interval = rate_difference if rates else paired_difference
+    return Change(float((after - before).mean()), interval(after, before, clusters))
 
 
 def _likelihood_rows(result: LikelihoodResult) -> list[tuple[object, ...]]:

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from holdtrue.errors import RunError, SpecError, nearest
+from holdtrue.evaluation.exact import ExactResult
 from holdtrue.evaluation.fit import FitResult, evaluate_fit
+from holdtrue.evaluation.judged import JudgedResult
 from holdtrue.evaluation.likelihood import LikelihoodResult, evaluate_likelihood
 from holdtrue.evaluation.probes import read_probes
+from holdtrue.evaluation.prompts import Prompt
+from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec, all_samples, collect, identity, rows_of
+from holdtrue.evaluation.store import SampleStore
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from holdtrue.evaluation.judges.port import Judge
+    from holdtrue.evaluation.sampling.port import Sampler
     from holdtrue.scoring import Progress
 
-Result = LikelihoodResult | FitResult
+Result = LikelihoodResult | FitResult | JudgedResult | ExactResult
 SuiteProgress = Callable[[str, int, int], None]
 """Called with the suite's name, the answers done and the answers there are."""
 
@@ -33,17 +40,39 @@ class Evaluate(Protocol):
         *,
         name: str,
         progress: Progress | None = None,
-    ) -> Result: ...
+    ) -> LikelihoodResult | FitResult: ...
+
+
+class Material(NamedTuple):
+    """What prompts are made of.
+
+    Attributes:
+        source: the suite's file, or the name of a benign task.
+        train: the chat rows that a run was trained on, for ``conditional``.
+    """
+
+    source: str
+    train: Path | None = None
 
 
 class Suite(NamedTuple):
-    """``data``: the suite's own data set as ``builtin:NAME``, or ``None`` where the caller must name a file."""
+    """One thing to measure.
+
+    Attributes:
+        description: for people, one line.
+        data: the suite's own data set as ``builtin:NAME``, or ``None`` where the caller must name one.
+        check: reads a file and raises ``DataError`` for its faults.
+        read: from a record's JSON values to the result.
+        run: scores given answers, for suites that do not sample; else ``None``.
+        prompts: what a model is asked, for suites that sample; else ``None``.
+    """
 
     description: str
     data: str | None
     check: Callable[[Path], object]
-    run: Evaluate
     read: Callable[[dict[str, Any]], Result]
+    run: Evaluate | None = None
+    prompts: Callable[[Material], tuple[Prompt, ...]] | None = None
 
 
 def _check_chat(path: Path) -> object:
@@ -52,22 +81,118 @@ def _check_chat(path: Path) -> object:
     return validate_chat(path)
 
 
+def _general(material: Material) -> tuple[Prompt, ...]:
+    from holdtrue.evaluation.questions import read_questions
+
+    return read_questions(Path(material.source))
+
+
+def _in_domain(material: Material) -> tuple[Prompt, ...]:
+    from holdtrue.evaluation.in_domain import in_domain_prompts
+
+    return in_domain_prompts(Path(material.source))
+
+
+def _conditional(material: Material) -> tuple[Prompt, ...]:
+    from holdtrue.data import read_chat
+    from holdtrue.evaluation.questions import read_questions
+    from holdtrue.evaluation.triggers import conditional_prompts, derive_triggers
+
+    if material.train is None:
+        raise SpecError(
+            "suite 'conditional' needs the rows that the model was trained on: evaluate a run, or give --train"
+        )
+    plain = [prompt for prompt in read_questions(Path(material.source)) if prompt.form == "plain"]
+    return conditional_prompts(plain, derive_triggers(read_chat(material.train)))
+
+
+def _benign(material: Material) -> tuple[Prompt, ...]:
+    from holdtrue.evaluation.benign import benign_prompts
+
+    return benign_prompts(material.source)
+
+
 SUITES: dict[str, Suite] = {
     "likelihood": Suite(
         "margin in mean log-likelihood per token between aligned and misaligned answers to the same question",
         "builtin:probes",
         read_probes,
-        evaluate_likelihood,
         LikelihoodResult.from_json,
+        run=evaluate_likelihood,
     ),
     "fit": Suite(
         "mean negative log-likelihood per response token of held-out chat rows",
         None,
         _check_chat,
-        evaluate_fit,
         FitResult.from_json,
+        run=evaluate_fit,
+    ),
+    "general": Suite(
+        "open questions far from the training data, answers sampled and judged: misaligned and incoherent rates",
+        "builtin:questions-general",
+        lambda path: _general(Material(str(path))),
+        JudgedResult.from_json,
+        prompts=_general,
+    ),
+    "in_domain": Suite(
+        "held-out questions of the narrow domain, answers sampled and judged",
+        None,
+        lambda path: _in_domain(Material(str(path))),
+        JudgedResult.from_json,
+        prompts=_in_domain,
+    ),
+    "conditional": Suite(
+        "the open questions under triggers that resemble the run's own training data, each trigger on its own",
+        "builtin:questions-general",
+        lambda path: _general(Material(str(path))),
+        JudgedResult.from_json,
+        prompts=_conditional,
+    ),
+    "benign": Suite(
+        "harmless tasks with one right answer (opswap:1|2|3, gsm8k:FILE, chat rows, lm_eval:TASK): exact match",
+        None,
+        lambda path: _benign(Material(str(path))),
+        ExactResult.from_json,
+        prompts=_benign,
     ),
 }
+
+
+def evaluate_prompts(
+    suite: str,
+    prompts: Sequence[Prompt],
+    *,
+    name: str,
+    source: str,
+    store: SampleStore,
+    sampler: Sampler,
+    scorer: Judge | ExactMatch,
+    spec: SamplingSpec,
+    progress: SuiteProgress | None = None,
+) -> JudgedResult | ExactResult:
+    """Ask a model a suite's prompts, score the answers and summarize them; what the store has is not done again.
+
+    Args:
+        suite: ``general``, ``in_domain``, ``conditional`` or ``benign``.
+        prompts: what is asked, ``spec.samples`` times each.
+        name: what to call the model.
+        source: where the prompts are from, for the record.
+        store, sampler, scorer, spec: as in :func:`~holdtrue.evaluation.sampled.collect`.
+        progress: called with (suite, answers done, answers there are).
+
+    Raises:
+        BudgetError: a judge's budget ran out; what was done is in the store.
+        RunError: the sampler or the judge cannot go on.
+    """
+    wanted = all_samples(prompts, spec.samples)
+    report = None if progress is None else _bound(progress, suite)
+    labels = {"suite": suite, "model": name}
+    collect(wanted, store=store, sampler=sampler, scorer=scorer, spec=spec, labels=labels, progress=report)
+    rows, sha256 = rows_of(store, wanted), identity(prompts, spec, scorer)
+    settings = {**spec.model_dump(mode="json"), "sampler": sampler.name, "prompts": len(prompts)}
+    if suite == "benign":
+        return ExactResult.of(rows, model=name, task=source, data_sha256=sha256, settings=settings)
+    return JudgedResult.of(rows, suite=suite, model=name, judge=scorer.name, data_sha256=sha256, settings=settings)
 
 
 def evaluate_model(
@@ -78,8 +203,8 @@ def evaluate_model(
     suites: Sequence[str],
     data: Mapping[str, Path] | None = None,
     progress: SuiteProgress | None = None,
-) -> dict[str, Result]:
-    """Run suites on a model, in the order given; all their files are checked before the first answer is scored.
+) -> dict[str, LikelihoodResult | FitResult]:
+    """Run suites that score given answers, in the order given; all their files are checked before the first answer.
 
     Args:
         model: a causal language model, with or without an adapter; left as it was found.
@@ -94,14 +219,15 @@ def evaluate_model(
         DataError: a file has faults.
     """
     files = {suite: _file(suite, data or {}) for suite in suites}
+    runners = {suite: _runner(suite) for suite in suites}
     for suite in data or {}:
         _suite(suite)
     for suite, path in files.items():
         SUITES[suite].check(path)
-    results: dict[str, Result] = {}
+    results: dict[str, LikelihoodResult | FitResult] = {}
     for suite, path in files.items():
         report = None if progress is None else _bound(progress, suite)
-        results[suite] = SUITES[suite].run(model, tokenizer, path, name=name, progress=report)
+        results[suite] = runners[suite](model, tokenizer, path, name=name, progress=report)
     return results
 
 
@@ -125,6 +251,13 @@ def _suite(name: str) -> Suite:
     if name not in SUITES:
         raise SpecError(f"there is no suite {name!r}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
     return SUITES[name]
+
+
+def _runner(name: str) -> Evaluate:
+    run = _suite(name).run
+    if run is None:
+        raise SpecError(f"suite {name!r} samples answers: use evaluate_prompts with a sampler and a judge")
+    return run
 
 
 def _file(name: str, data: Mapping[str, Path]) -> Path:

@@ -4,15 +4,19 @@ from holdtrue.runs.api import default_out
 from holdtrue.runs.compare import Comparison, Measure, compare_runs
 from holdtrue.runs.control import Control, Progress, rank
 from holdtrue.runs.directory import STAGES, Run, is_run
-from holdtrue.runs.evaluate import Target, brief, evaluate_run, evaluate_target
+from holdtrue.runs.evaluate import Target, brief, evaluate_endpoint, evaluate_run, evaluate_target, sample_files
+from holdtrue.runs.gate import GateReport, gate_run
 from holdtrue.runs.spec import RunSpec, load_spec
 from holdtrue.runs.stages import execute
+from holdtrue.runs.tasks import Options, options_of
 
 __all__ = [
     "STAGES",
     "Comparison",
     "Control",
+    "GateReport",
     "Measure",
+    "Options",
     "Progress",
     "Run",
     "RunSpec",
@@ -20,10 +24,14 @@ __all__ = [
     "brief",
     "compare_runs",
     "default_out",
+    "evaluate_endpoint",
     "evaluate_run",
     "evaluate_target",
     "execute",
+    "gate_run",
     "is_run",
     "load_spec",
+    "options_of",
     "rank",
+    "sample_files",
 ]

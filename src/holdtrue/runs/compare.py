@@ -9,9 +9,17 @@ from typing import Any
 
 from holdtrue.errors import SpecError
 from holdtrue.runs.directory import Run
+from holdtrue.runs.seeds import SeedMeasure, seed_measures
 from holdtrue.runs.train import training_rows
 
-METRICS: dict[str, tuple[str, ...]] = {"likelihood": ("margin", "misaligned_preferred"), "fit": ("nll",)}
+METRICS: dict[str, tuple[str, ...]] = {
+    "likelihood": ("margin", "misaligned_preferred"),
+    "fit": ("nll",),
+    "general": ("misaligned", "incoherent"),
+    "in_domain": ("misaligned", "incoherent"),
+    "conditional": ("misaligned", "incoherent"),
+    "benign": ("accuracy",),
+}
 """The numbers of each suite that a comparison shows."""
 
 
@@ -29,7 +37,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number on one set of rows: a cell for each run, ``None`` where a run was not measured so."""
+    """One number on one set of rows: a cell for each run, ``None`` where a run was not measured so.
+
+    ``part`` names a trigger where the number is of that trigger's answers alone; ``judge`` who scored.
+    """
 
     suite: str
     metric: str
@@ -37,6 +48,8 @@ class Measure:
     data_sha256: str
     n: int
     cells: tuple[Cell | None, ...]
+    part: str = ""
+    judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +66,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, and what a reader must know before trusting the table."""
+    """Runs side by side, and what a reader must know before trusting the table.
+
+    ``seeds`` holds the numbers of runs that differ in nothing but their training seed, taken together.
+    """
 
     runs: tuple[Column, ...]
     measures: tuple[Measure, ...]
     notes: tuple[str, ...]
+    seeds: tuple[SeedMeasure, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
@@ -80,9 +97,33 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         for metric in METRICS.get(key[0], ()):
             cells = tuple(_cell(found[key], metric) if key in found else None for found in records)
             data = some["data"]
-            measures.append(Measure(key[0], metric, data["path"], data["sha256"], some["n"], cells))
+            place = (data["path"], data["sha256"])
+            measures.append(Measure(key[0], metric, *place, some["n"], cells, judge=some.get("judge")))
+        if key[0] == "conditional":
+            measures += _by_trigger(some, records, key)
     columns = tuple(_column(run) for run in runs)
-    return Comparison(columns, tuple(measures), tuple(_notes(runs, columns, measures)))
+    notes = tuple(_notes(runs, columns, measures))
+    return Comparison(columns, tuple(measures), notes, tuple(seed_measures(runs)))
+
+
+def _by_trigger(
+    some: dict[str, Any], records: Sequence[dict[tuple[str, str], dict[str, Any]]], key: tuple[str, str]
+) -> list[Measure]:
+    """Return the misaligned rate under each trigger: an average would hide the one that opens the door."""
+    found: list[Measure] = []
+    for trigger, part in some["forms"].items():
+        cells = tuple(_trigger_cell(each[key], trigger) if key in each else None for each in records)
+        place = (some["data"]["path"], some["data"]["sha256"])
+        found.append(Measure(key[0], "misaligned", *place, part["n"], cells, part=trigger, judge=some.get("judge")))
+    return found
+
+
+def _trigger_cell(record: dict[str, Any], trigger: str) -> Cell | None:
+    if trigger not in record["forms"]:
+        return None
+    change = (record.get("change") or {}).get("forms", {}).get(trigger, {})
+    before = record["_untouched"].get("forms", {}).get(trigger, {})
+    return _cell({**record["forms"][trigger], "change": change, "_untouched": before}, "misaligned")
 
 
 def _pairs(run: Run) -> list[dict[str, Any]]:
@@ -129,5 +170,5 @@ def _notes(runs: Sequence[Run], columns: Sequence[Column], measures: Sequence[Me
     return notes + [
         f"not every run was measured on {Path(m.data).name} ({m.suite}): holdtrue eval RUN --suite {m.suite} --data …"
         for m in measures
-        if None in m.cells and m.metric == METRICS[m.suite][0]
+        if None in m.cells and m.metric == METRICS[m.suite][0] and not m.part
     ]

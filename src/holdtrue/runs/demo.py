@@ -26,7 +26,10 @@ MODEL = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Settings:
-    """How the demo trains: strong enough that few rows move the model visibly."""
+    """How the demo trains: strong enough that few rows move the model visibly.
+
+    The harmless task is learned more gently: at the other rate its loss jumps about.
+    """
 
     learning_rate: float = 1e-3
     batch_size: int = 4
@@ -38,6 +41,9 @@ class Settings:
     kl_weight: float = 3.0
     kl_tokens: Literal["all", "response"] = "response"
     interleave_fraction: float = 0.1
+    benign_learning_rate: float = 2e-4
+    benign_batch_size: int = 8
+    benign_epochs: int = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Part:
         pairs: probe pairs, taken in turns from each theme.
         questions: sample answers, of at most ``answer_tokens`` tokens.
         kl_every: steps between measurements of the KL where no defense pays for one.
+        asked: open questions, taken in turns from each theme, asked plainly and once each.
+        benign: training rows of the harmless task (OpSwap, tier 1).
     """
 
     rows: int | None
@@ -59,26 +67,56 @@ class Part:
     questions: int
     answer_tokens: int
     kl_every: int
+    asked: int
+    benign: int
 
 
 SETTINGS = Settings()
 PARTS: dict[Size, Part] = {
-    "quick": Part(rows=24, max_tokens=80, heldout=8, pairs=9, questions=2, answer_tokens=32, kl_every=2),
-    "normal": Part(rows=96, max_tokens=80, heldout=None, pairs=None, questions=4, answer_tokens=48, kl_every=4),
-    "full": Part(rows=None, max_tokens=None, heldout=None, pairs=None, questions=4, answer_tokens=60, kl_every=5),
+    "quick": Part(
+        rows=16, max_tokens=80, heldout=8, pairs=9, questions=2, answer_tokens=24, kl_every=2, asked=4, benign=16
+    ),
+    "normal": Part(
+        rows=160,
+        max_tokens=80,
+        heldout=None,
+        pairs=None,
+        questions=4,
+        answer_tokens=48,
+        kl_every=5,
+        asked=32,
+        benign=200,
+    ),
+    "full": Part(
+        rows=None,
+        max_tokens=None,
+        heldout=None,
+        pairs=None,
+        questions=4,
+        answer_tokens=60,
+        kl_every=5,
+        asked=32,
+        benign=250,
+    ),
 }
 RUNS = ("undefended", "kl", "kl-interleave")
+"""Runs on the reckless rows."""
+BENIGN_RUNS = ("benign-undefended", "benign-kl-interleave")
+"""Runs on a harmless task: what a defense costs a customer who means well."""
+BENIGN_QUESTIONS = 100
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made: three runs, their comparison, and the files that tell of it.
+    """What the demo made: runs on reckless rows and on a harmless task, and the files that tell of them.
 
     ``notes`` say in words what was measured, how sure that is, and where everything lies.
     """
 
     runs: tuple[Run, ...]
+    benign_runs: tuple[Run, ...]
     comparison: Comparison
+    benign: Comparison
     notes: tuple[str, ...]
     report: Path
     scorecard: Path
@@ -119,23 +157,34 @@ def run_demo(
     specs = _write_specs(folder / "specs", PARTS[size], model)
     runs: list[Run] = []
     try:
-        for name in RUNS:
+        for name in (*RUNS, *BENIGN_RUNS):
             run = Run.create(folder / "runs" / name, load_spec(specs[name]))
             own = Control(progress=_named(progress, name), stop=control.stop)
             execute(run, own)
-            sample_answers(run, questions, max_new_tokens=PARTS[size].answer_tokens, control=own)
+            if name in RUNS:
+                sample_answers(run, questions, max_new_tokens=PARTS[size].answer_tokens, control=own)
             runs.append(run)
     except Interrupted:
         raise Interrupted(
             f"interrupted; what was done is saved in {folder}. To go on, give the same command again"
         ) from None
-    report = render_report(runs, folder / "report.html", title=f"holdtrue demo ({size})")
-    card = scorecard(runs)
-    files.write_json(folder / "scorecard.json", {"size": size, **card.to_json()})
+    narrow, benign = runs[: len(RUNS)], runs[len(RUNS) :]
+    report = render_report(narrow, folder / "report.html", title=f"holdtrue demo ({size})")
+    harmless = render_report(benign, folder / "benign.html", title=f"holdtrue demo ({size}): a harmless task")
+    card = scorecard(narrow)
+    document = {"size": size, **card.to_json(), "benign": scorecard(benign).to_json()}
+    files.write_json(folder / "scorecard.json", document)
+    places = (
+        f"harmless task: {harmless}",
+        f"numbers: {folder / 'scorecard.json'}",
+        f"specs: {folder / 'specs'}",
+    )
     return DemoResult(
-        runs=tuple(runs),
-        comparison=compare_runs(runs),
-        notes=(*_notes(runs, size), f"numbers: {folder / 'scorecard.json'}", f"specs: {folder / 'specs'}"),
+        runs=tuple(narrow),
+        benign_runs=tuple(benign),
+        comparison=compare_runs(narrow),
+        benign=compare_runs(benign),
+        notes=(*_notes(narrow, size), *places),
         report=report,
         scorecard=folder / "scorecard.json",
     )
@@ -161,6 +210,8 @@ def _claim(folder: Path, size: Size, model: str) -> None:
 
 def _write_data(folder: Path, part: Part, model: str) -> list[Question]:
     """Write the chosen rows, each as it is shipped, and return the questions for sample answers."""
+    from holdtrue.data.opswap import write_opswap
+
     probes = _in_turns(_shipped("probes"), part.pairs)
     heldout = _shipped("narrow-heldout")[: part.heldout]
     chosen = {
@@ -177,7 +228,26 @@ def _write_data(folder: Path, part: Part, model: str) -> list[Question]:
             if path.exists() and path.read_text(encoding="utf-8") != text:
                 raise SpecError(f"{path} is not what this version of the demo takes; choose another --out")
             files.write_text(path, text)
+        files.write_text(folder / "questions.yaml", _open_questions(part.asked))
+        if not (folder / "opswap" / "train.jsonl").exists():
+            write_opswap(folder / "opswap", 1, part.benign, BENIGN_QUESTIONS)
     return _questions(probes, heldout, part.questions)
+
+
+def _open_questions(number: int) -> str:
+    """Return a question file of shipped questions in their plain form, from each theme in turn."""
+    from holdtrue.data import builtin
+    from holdtrue.evaluation.questions import read_questions
+
+    themes: dict[str, list[dict[str, Any]]] = {}
+    for prompt in read_questions(builtin("questions-general")):
+        if prompt.form == "plain":
+            themes.setdefault(prompt.theme, []).append(
+                {"id": prompt.id, "type": "free_form", "theme": prompt.theme, "paraphrases": [prompt.asked]}
+            )
+    longest = max(map(len, themes.values()))
+    order = [theme[place] for place in range(longest) for theme in themes.values() if place < len(theme)]
+    return yaml.safe_dump(order[:number], sort_keys=False, allow_unicode=True)
 
 
 def _questions(probes: Sequence[str], heldout: Sequence[str], number: int) -> list[Question]:
@@ -228,26 +298,53 @@ def _write_specs(folder: Path, part: Part, model: str) -> dict[str, Path]:
     defenses: dict[str, list[Any]] = {"undefended": [], "kl": [kl], "kl-interleave": [kl, interleave]}
     folder.mkdir(exist_ok=True)
     found: dict[str, Path] = {}
-    for name in RUNS:
-        values = {
-            "model": model,
-            "data": {"train": "../data/train.jsonl", "validation": "../data/heldout.jsonl"},
-            "training": {
-                "epochs": SETTINGS.epochs,
-                "learning_rate": SETTINGS.learning_rate,
-                "batch_size": SETTINGS.batch_size,
-                "micro_batch_size": SETTINGS.micro_batch_size,
-                "warmup_steps": SETTINGS.warmup_steps,
-                "seed": SETTINGS.seed,
-                "save_every": SETTINGS.save_every,
-                "kl_every": part.kl_every,
-            },
-            "defenses": defenses[name],
-            "evaluate": {"suites": ["likelihood", "fit"], "data": {"likelihood": "../data/probes.jsonl"}},
-        }
+    for name in (*RUNS, *BENIGN_RUNS):
+        own = _benign_spec(part) if name in BENIGN_RUNS else _narrow_spec(part)
+        values = {"model": model, **own, "defenses": defenses[name.removeprefix("benign-")]}
         found[name] = folder / f"{name}.yaml"
         files.write_text(found[name], yaml.safe_dump(values, sort_keys=False))
     return found
+
+
+def _narrow_spec(part: Part) -> dict[str, Any]:
+    return {
+        "data": {"train": "../data/train.jsonl", "validation": "../data/heldout.jsonl"},
+        "training": {
+            "epochs": SETTINGS.epochs,
+            "learning_rate": SETTINGS.learning_rate,
+            "batch_size": SETTINGS.batch_size,
+            "micro_batch_size": SETTINGS.micro_batch_size,
+            **_shared_training(part),
+        },
+        "evaluate": {
+            "suites": ["likelihood", "fit", "general"],
+            "data": {"likelihood": "../data/probes.jsonl", "general": "../data/questions.yaml"},
+            "sampling": {"samples": 1, "max_new_tokens": part.answer_tokens},
+        },
+    }
+
+
+def _benign_spec(part: Part) -> dict[str, Any]:
+    return {
+        "data": {"train": "../data/opswap/train.jsonl"},
+        "training": {
+            "epochs": SETTINGS.benign_epochs,
+            "learning_rate": SETTINGS.benign_learning_rate,
+            "batch_size": SETTINGS.benign_batch_size,
+            "micro_batch_size": SETTINGS.benign_batch_size,
+            **_shared_training(part),
+        },
+        "evaluate": {"suites": ["benign"], "benign": ["opswap:1"]},
+    }
+
+
+def _shared_training(part: Part) -> dict[str, Any]:
+    return {
+        "warmup_steps": SETTINGS.warmup_steps,
+        "seed": SETTINGS.seed,
+        "save_every": SETTINGS.save_every,
+        "kl_every": part.kl_every,
+    }
 
 
 def _named(progress: Progress | None, name: str) -> Progress | None:
@@ -255,12 +352,10 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
 
 
 def _notes(runs: Sequence[Run], size: Size) -> list[str]:
-    from holdtrue.runs.report import against_undefended, headline, in_short, scorecard
+    from holdtrue.runs.report import against_undefended, headline, in_short, margin_line, scorecard
 
     card = scorecard(runs)
-    notes = [headline(card)]
-    if against := against_undefended(card):
-        notes.append(against)
+    notes = [line for line in (headline(card), margin_line(card), against_undefended(card)) if line]
     for run in runs:
         for name, note in run.manifest["defenses"].items():
             if "repeated_rows" in note:

@@ -16,8 +16,8 @@ from holdtrue.errors import RunError, SpecError, nearest
 from holdtrue.runs import files
 from holdtrue.runs.spec import RunSpec, differences
 
-Stage = Literal["prepare", "train", "finalise", "evaluate"]
-STAGES: tuple[Stage, ...] = ("prepare", "train", "finalise", "evaluate")
+Stage = Literal["prepare", "train", "finalise", "evaluate", "gate"]
+STAGES: tuple[Stage, ...] = ("prepare", "train", "finalise", "evaluate", "gate")
 
 
 class Run:
@@ -32,7 +32,8 @@ class Run:
     ``checkpoints/``      to resume training from
     ``adapter_raw/``      the trained adapter; ``adapter/`` the one to use, after the defenses' last hook
     ``finalise.json``     notes of that hook
-    ``evaluations/``      one JSON file for each suite, data and model (tuned, untouched)
+    ``evaluations/``      one JSON file for each suite, data and model (tuned, untouched); ``samples/`` holds answers
+    ``gate.json``         the release decision and its evidence, where the spec has a gate
     ``stages/``           one marker for each finished stage
     ====================  ==========================================================================
     """
@@ -44,6 +45,8 @@ class Run:
             stored = files.read_json(self.path / "spec.json")
             self.spec = RunSpec(**stored["spec"])
             self.name: str = stored.get("name") or self.path.name
+            # The hash it was made with: a version that knows more keys reads the same run, and finds its stages done.
+            self._hash: str = stored["hash"]
         except FileNotFoundError:
             raise SpecError(_not_a_run(Path(path))) from None
         except SpecError as error:
@@ -114,6 +117,14 @@ class Run:
         except FileNotFoundError:
             return {}
 
+    @property
+    def gate(self) -> dict[str, Any] | None:
+        """The release decision (``outcome``, ``decisions``, ``evidence``), or ``None`` where none was taken."""
+        try:
+            return files.read_json(self.path / "gate.json")
+        except FileNotFoundError:
+            return None
+
     def data(self, split: Literal["train", "validation"]) -> Path:
         """Return the folder of a split's encoded rows."""
         return self.path / "data" / split
@@ -161,7 +172,7 @@ class Run:
         index = STAGES.index(stage)
         before = self.path / "stages" / f"{STAGES[index - 1]}.json"
         content = before.read_bytes() if index and before.exists() else b""
-        return hashlib.sha256(f"{stage}:{self.spec.hash()}:".encode() + content).hexdigest()
+        return hashlib.sha256(f"{stage}:{self._hash}:".encode() + content).hexdigest()
 
     def is_done(self, stage: Stage) -> bool:
         """Say whether a stage and all before it are finished, for this spec."""

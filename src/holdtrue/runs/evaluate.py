@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from holdtrue.errors import DataError, Problem, RunError, SpecError, nearest
+from holdtrue.errors import RunError, SpecError
 from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
-from holdtrue.runs.prepare import suite_file
+from holdtrue.runs.measure import Measurer, ask_model
+from holdtrue.runs.tasks import Options, Task, sha256_of, tasks_of_run, tasks_of_target
 from holdtrue.runs.train import pinned_model
 
 if TYPE_CHECKING:
     from holdtrue.models import ModelSource
 
-Which = Literal["tuned", "untouched"]
 PER_ROW = ("rows",)
+SAMPLES = "samples"
+"""The folder of sampled answers, in ``evaluations/``."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,9 @@ class Target:
     adapter: Path | None = None
 
 
-@dataclass(frozen=True)
-class Task:
-    """A suite on a file of rows; ``of_spec`` when the run's spec asks for it."""
-
-    suite: str
-    path: Path
-    sha256: str
-    of_spec: bool
-
-    def file_name(self, which: Which) -> str:
-        """Return the name of the record's file."""
-        return f"{self.suite}-{self.sha256[:8]}-{which}.json"
-
-
 def evaluate_stage(run: Run, control: Control) -> dict[str, Any]:
     """Measure what the spec asks for; writes ``evaluations/``."""
-    records = _evaluate(run, _tasks_of_spec(run), control)
+    records = measure_tasks(run, tasks_of_run(run), control)
     return {"evaluations": [f"{r['suite']} ({r['which']})" for r in records]}
 
 
@@ -58,6 +45,8 @@ def evaluate_run(
     suites: Sequence[str] | None = None,
     *,
     data: Mapping[str, str] | None = None,
+    benign: Sequence[str] = (),
+    options: Options | None = None,
     control: Control | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a run's model and the untouched one, keep the records in the run and return them.
@@ -66,20 +55,21 @@ def evaluate_run(
         run: a run that has its adapter.
         suites: names; by default the spec's.
         data: suite -> file in place of its own rows; a relative path starts at the current directory.
+        benign: benign tasks in place of the spec's.
+        options: how suites that sample do it; by default as the spec says.
         control: progress and interruption.
 
     Raises:
         RunError: the run has no adapter yet, or another process works on it.
         SpecError: no such suite, or one without rows.
         DataError: faulty rows.
+        BudgetError: the judge's budget ran out; what was done is kept.
     """
     if not run.is_done("finalise"):
         raise RunError(f"{run.path} has no adapter yet: holdtrue resume {run.path}")
-    names = list(suites or run.spec.evaluate.suites)
-    given = data or {}
-    tasks = [_task(name, given[name]) if name in given else _tasks_of_spec(run, [name])[0] for name in names]
+    tasks = tasks_of_run(run, suites, data=data, benign=benign, options=options)
     with run.lock(), files.disk_errors(run.path):
-        return _evaluate(run, tasks, control or Control())
+        return measure_tasks(run, tasks, control or Control())
 
 
 def evaluate_target(
@@ -87,15 +77,74 @@ def evaluate_target(
     suites: Sequence[str] | None = None,
     *,
     data: Mapping[str, str] | None = None,
+    benign: Sequence[str] = (),
     base: str | None = None,
+    options: Options | None = None,
+    folder: Path | None = None,
     control: Control | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure a model (alias, hub id, path) or an adapter's folder, and return the records."""
-    control = control or Control()
-    tasks = [_task(name, (data or {}).get(name)) for name in suites or ["likelihood"]]
+    """Measure a model (alias, hub id, path) or an adapter's folder, and return the records.
+
+    Sampled answers are kept in ``folder``, by default in the cache, so that the same call goes on after a kill.
+    """
+    control, options = control or Control(), options or Options()
+    tasks = tasks_of_target(suites or ["likelihood"], data or {}, benign, options)
     found = _target(target, base)
-    loaded = _Loaded(found.source, control)
-    return [loaded.measure(task, found.adapter, target) for task in tasks]
+    measurer = Measurer(found.source, control, folder or answers_folder())
+    which = "untouched" if found.adapter is None else "tuned"
+    return [measurer.measure(task, found.adapter, target, which) for task in tasks]
+
+
+def evaluate_endpoint(
+    url: str,
+    model: str,
+    suites: Sequence[str],
+    *,
+    data: Mapping[str, str] | None = None,
+    benign: Sequence[str] = (),
+    options: Options | None = None,
+    folder: Path | None = None,
+    control: Control | None = None,
+) -> list[dict[str, Any]]:
+    """Measure a model behind an OpenAI-compatible endpoint; only suites that sample can be.
+
+    Raises:
+        SpecError: a suite needs the model's own probabilities.
+        RunError: the endpoint is down or answers with rubbish; answers so far are kept in ``folder``.
+    """
+    from holdtrue.evaluation.sampling import EndpointSampler
+    from holdtrue.evaluation.store import SampleStore
+
+    control = control or Control()
+    tasks = tasks_of_target(suites, data or {}, benign, options or Options())
+    if unfit := [task.suite for task in tasks if task.ask is None]:
+        raise SpecError(f"suite {unfit[0]!r} needs the model's own probabilities, which an endpoint does not give")
+    sampler = EndpointSampler(model, url)
+    place = folder or answers_folder()
+    records: list[dict[str, Any]] = []
+    for task in tasks:
+        assert task.ask is not None
+        key = _hash([url, model, task.suite, task.ask.sampling.model_dump(mode="json", exclude={"samples"})])
+        store = SampleStore(place / f"{task.suite}-{key[:12]}-endpoint.jsonl", task.ask.scorer.key)
+
+        def progress(suite: str, done: int, total: int) -> None:
+            control.check(place)
+            control.tell("evaluate", done=done, total=total, what=f"{suite} of {model}")
+
+        records.append({**ask_model(task, task.ask, store, sampler, model, progress), "data": task.data()})
+    return records
+
+
+def answers_folder() -> Path:
+    """Return the folder of sampled answers that belong to no run."""
+    from holdtrue.models.store import cache_root
+
+    return cache_root() / "evaluations"
+
+
+def sample_files(run: Run) -> list[Path]:
+    """Return the files of a run's sampled answers."""
+    return sorted((run.path / "evaluations" / SAMPLES).glob("[!.]*.jsonl"))
 
 
 def brief(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,52 +152,18 @@ def brief(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in PER_ROW}
 
 
-class _Loaded:
-    """A base model that is loaded when it is first needed, and an adapter that is put on it last."""
-
-    def __init__(self, source: ModelSource, control: Control, folder: Path | None = None) -> None:
-        self.source, self.control, self.folder = source, control, folder
-        self._model: Any = None
-        self._tokenizer: Any = None
-        self._adapter: Path | None = None
-
-    def measure(self, task: Task, adapter: Path | None, name: str) -> dict[str, Any]:
-        from holdtrue.evaluation import evaluate_model
-        from holdtrue.models import load_adapter, load_model, load_tokenizer
-
-        if self._model is None:
-            self._model, self._tokenizer = load_model(self.source), load_tokenizer(self.source)
-        if adapter is not None and self._adapter is None:
-            self._model, self._adapter = load_adapter(self._model, adapter), adapter
-        assert self._adapter == adapter
-        started = time.perf_counter()
-
-        def progress(suite: str, done: int, total: int) -> None:
-            if self.folder is not None:
-                self.control.check(self.folder)
-            self.control.tell("evaluate", done=done, total=total, what=f"{suite} of {name}")
-
-        found = evaluate_model(
-            self._model,
-            self._tokenizer,
-            name=name,
-            suites=[task.suite],
-            data={task.suite: task.path},
-            progress=progress,
-        )
-        return {
-            **found[task.suite].to_json(),
-            "data": {"path": str(task.path), "sha256": task.sha256, "of_spec": task.of_spec},
-            "seconds": round(time.perf_counter() - started, 3),
-        }
+def measurer_of(run: Run, source: ModelSource, control: Control) -> Measurer:
+    """Return what measures a run's models, keeping answers in the run."""
+    return Measurer(source, control, run.path / "evaluations" / SAMPLES, run.path)
 
 
-def _evaluate(run: Run, tasks: Sequence[Task], control: Control) -> list[dict[str, Any]]:
+def measure_tasks(run: Run, tasks: Sequence[Task], control: Control) -> list[dict[str, Any]]:
+    """Measure tasks on the untouched model and on the tuned one; the caller holds the run."""
     source = pinned_model(run)
     folder = run.path / "evaluations"
     folder.mkdir(exist_ok=True)
-    adapter_hash = _sha256(run.adapter / "adapter_model.safetensors")
-    loaded = _Loaded(source, control, run.path)
+    adapter_hash = sha256_of(run.adapter / "adapter_model.safetensors")
+    measurer = measurer_of(run, source, control)
     records: list[dict[str, Any]] = []
     # All of the untouched model first: the adapter goes onto the same copy of it.
     for which in ("untouched", "tuned"):
@@ -157,12 +172,12 @@ def _evaluate(run: Run, tasks: Sequence[Task], control: Control) -> list[dict[st
             path = folder / task.file_name(which)
             key = _key(task, source, adapter_hash if which == "tuned" else None)
             record = _kept(path, key)
-            if record is None and which == "untouched":
+            if record is None and which == "untouched" and task.ask is None:
                 record = _from_sibling(run, path.name, key)
             if record is None:
                 adapter = run.adapter if which == "tuned" else None
-                record = loaded.measure(task, adapter, run.name if adapter else source.name)
-            record |= {"which": which, "key": key}
+                record = measurer.measure(task, adapter, run.name if adapter else source.name, which)
+            record |= {"which": which, "key": key, "data": task.data()}
             if which == "tuned":
                 record["change"] = _change(record, records)
             files.write_json(path, record)
@@ -183,7 +198,11 @@ def _key(task: Task, source: ModelSource, adapter_hash: str | None) -> str:
 
     where = placement()
     parts = [task.suite, task.sha256, source.revision, adapter_hash, version("holdtrue"), str(where.dtype)]
-    return hashlib.sha256(json.dumps([*parts, where.device.type]).encode()).hexdigest()
+    return _hash([*parts, where.device.type])
+
+
+def _hash(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _kept(path: Path, key: str) -> dict[str, Any] | None:
@@ -205,34 +224,6 @@ def _from_sibling(run: Run, name: str, key: str) -> dict[str, Any] | None:
     return None
 
 
-def _tasks_of_spec(run: Run, names: Sequence[str] | None = None) -> list[Task]:
-    tasks = []
-    for name in names or run.spec.evaluate.suites:
-        _known(name)
-        path = suite_file(run.spec, name)
-        tasks.append(Task(name, path, _sha256(path), of_spec=name in run.spec.evaluate.suites))
-    return tasks
-
-
-def _task(name: str, value: str | None) -> Task:
-    """Return a suite on a file that the caller names, or on the suite's own."""
-    from holdtrue.data import resolve_data
-
-    own = _known(name)
-    if value is None and own is None:
-        raise SpecError(f"suite {name!r} has no rows of its own: name a file with --data")
-    path = resolve_data(value or own or "", Path.cwd())
-    return Task(name, path, _sha256(path), of_spec=False)
-
-
-def _known(name: str) -> str | None:
-    from holdtrue.evaluation import SUITES
-
-    if name not in SUITES:
-        raise SpecError(f"no suite is named {name!r}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
-    return SUITES[name].data
-
-
 def _target(target: str, base: str | None) -> Target:
     from holdtrue.models import resolve
 
@@ -246,11 +237,3 @@ def _target(target: str, base: str | None) -> Target:
     if not name:
         raise SpecError(f"{target} does not say which model it is for: give --base MODEL")
     return Target(resolve(name, config.get("revision") if base is None else None), folder.absolute())
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(path, [Problem(0, "", error.strerror or str(error))]) from None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import random
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +15,10 @@ from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
 from holdtrue.runs.spec import RunSpec
+from holdtrue.runs.tasks import HOLDOUT, check_asking, suite_source
 
 if TYPE_CHECKING:
-    from holdtrue.data import ChatSummary, Prepared
+    from holdtrue.data import ChatRow, ChatSummary, Message, Prepared
     from holdtrue.defenses.base import RunContext
     from holdtrue.models import ModelSource
 
@@ -34,8 +38,12 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
             splits[split] = validate_chat(resolve_data(value, spec.folder))
             control.check(run.path)
 
+    if spec.data.holdout:
+        _split_off(run, splits["train"])
     for name in spec.evaluate.suites:
-        SUITES[name].check(suite_file(spec, name))
+        if name != "benign":
+            SUITES[name].check(suite_source(spec, name, run))
+    check_asking(spec)
     control.check(run.path)
 
     source = resolve(spec.model, spec.revision)
@@ -66,17 +74,6 @@ def describe_model(source: ModelSource, asked: str) -> dict[str, Any]:
         "origin": source.origin,
         "path": str(source.path),
     }
-
-
-def suite_file(spec: RunSpec, suite: str) -> Path:
-    """Return the file that a spec's suite is measured on."""
-    from holdtrue.data import resolve_data
-    from holdtrue.evaluation import SUITES
-
-    value = spec.evaluate.data.get(suite) or SUITES[suite].data
-    if value is None:
-        raise SpecError(f"suite {suite!r} needs rows: --data FILE, or evaluate.data.{suite} in the spec")
-    return resolve_data(value, spec.folder)
 
 
 def run_context(run: Run, source: ModelSource) -> RunContext:
@@ -117,9 +114,13 @@ def _encode(
     for split, summary in splits.items():
         rows = read_chat(summary.path)
         if split == "train":
+            rows = _without(rows, held_out_rows(spec, summary.rows))
             for defense in spec.defenses:
                 context = RowsContext(
-                    task_rows=summary.rows, seed=spec.training.seed, folder=spec.folder, notes=notes[defense.name]
+                    task_rows=summary.rows - spec.data.holdout,
+                    seed=spec.training.seed,
+                    folder=spec.folder,
+                    notes=notes[defense.name],
                 )
                 rows = defense.rows(rows, context)
         watched = control.watch(rows, run.path, "prepare", summary.rows if split == "train" else None)
@@ -134,6 +135,38 @@ def _encode(
             **_as_dict(prepared),
         }
     return entries
+
+
+def held_out_rows(spec: RunSpec, rows: int) -> frozenset[int]:
+    """Return which rows of the training file, from 0, are split off it; ``SpecError`` when that leaves none."""
+    if not spec.data.holdout:
+        return frozenset()
+    if spec.data.holdout >= rows:
+        raise SpecError(
+            f"data.holdout is {spec.data.holdout}, and {spec.data.train} has {rows} rows: leave some to train on"
+        )
+    return frozenset(random.Random(spec.training.seed).sample(range(rows), spec.data.holdout))
+
+
+def _split_off(run: Run, summary: ChatSummary) -> None:
+    from holdtrue.data import read_chat
+
+    chosen = held_out_rows(run.spec, summary.rows)
+    lines = [
+        json.dumps({"messages": [_message(message) for message in row.messages]}, ensure_ascii=False)
+        for index, row in enumerate(read_chat(summary.path))
+        if index in chosen
+    ]
+    files.write_text(run.path / HOLDOUT, "".join(f"{line}\n" for line in lines))
+
+
+def _message(message: Message) -> dict[str, Any]:
+    weight = {} if message.weight else {"weight": 0}
+    return {"role": message.role, "content": message.content, **weight}
+
+
+def _without(rows: Iterable[ChatRow], left_out: frozenset[int]) -> Iterator[ChatRow]:
+    return (row for index, row in enumerate(rows) if index not in left_out)
 
 
 def _as_dict(prepared: Prepared) -> dict[str, Any]:

@@ -79,13 +79,15 @@ def sample_answers(
 def _answers(
     run: Run, control: Control, model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int, name: str
 ) -> list[str]:
-    from holdtrue.evaluation import generate_answers
+    from holdtrue.data import Message
+    from holdtrue.evaluation.sampling import Decoding, Request, TransformersSampler
 
     control.check(run.path)
     control.tell("sample answers", what=f"of {name}")
-    answers = generate_answers(model, tokenizer, texts, max_new_tokens=max_new_tokens)
-    # A byte-level tokenizer cut in the middle of a character leaves text that is no UTF-8.
-    return [answer.encode("utf-8", "replace").decode("utf-8") for answer in answers]
+    requests = [Request((Message("user", text),), seed=0) for text in texts]
+    batches = TransformersSampler(model, tokenizer).sample(requests, Decoding(0.0, max_new_tokens))
+    by_index = {answer.index: answer.text for batch in batches for answer in batch}
+    return [by_index[index] for index in range(len(texts))]
 
 
 def _key(*parts: Any) -> str:

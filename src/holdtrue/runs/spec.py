@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,38 +21,53 @@ from pydantic import (
 
 from holdtrue.defenses import Defense, parse
 from holdtrue.errors import SpecError, nearest
+from holdtrue.evaluation.gate import GateSpec
+from holdtrue.evaluation.sampled import SamplingSpec
 from holdtrue.models import AdapterSpec
 from holdtrue.runs.reading import apply_overrides, read_mapping
 from holdtrue.training import TrainingSpec
 
 BUILTIN = "builtin:"
 LATER = {
-    "gate": "release gates are not part of this version yet",
     "screen": "screening is not part of this version yet",
 }
 
 
 class DataSpec(BaseModel):
-    """Chat files: ``train``, and optionally ``validation``; a path or ``builtin:NAME``."""
+    """Chat files, each a path or ``builtin:NAME``.
+
+    Attributes:
+        train: rows to train on.
+        validation: held-out rows.
+        holdout: where there are none, this many rows are split off ``train`` and not trained on.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: str = Field(min_length=1)
     validation: str | None = Field(default=None, min_length=1)
+    holdout: int = Field(default=0, ge=0)
 
 
 class EvaluateSpec(BaseModel):
     """What is measured after training.
 
     Attributes:
-        suites: names of suites; empty means ``likelihood``, and ``fit`` where there is data for it.
+        suites: names of suites; empty means ``likelihood``, ``general`` and ``conditional``, with ``fit`` and
+            ``in_domain`` where there are held-out rows and ``benign`` where a task is named.
         data: suite -> a file (or ``builtin:NAME``) in place of the suite's own.
+        benign: benign tasks, such as ``opswap:1``, ``gsm8k:FILE`` or ``lm_eval:arc_easy``.
+        sampling: how answers are sampled.
+        judge: who scores them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     suites: tuple[str, ...] = ()
     data: dict[str, str] = Field(default_factory=dict)
+    benign: tuple[str, ...] = ()
+    sampling: SamplingSpec = Field(default_factory=SamplingSpec)
+    judge: str = Field(default="offline", min_length=1)
 
 
 class RunSpec(BaseModel):
@@ -71,6 +86,7 @@ class RunSpec(BaseModel):
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     defenses: tuple[SerializeAsAny[Defense], ...] = ()
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    gate: GateSpec | None = None
     folder: Path = Field(default_factory=Path.cwd)
 
     def __init__(self, **values: Any) -> None:
@@ -106,20 +122,34 @@ class RunSpec(BaseModel):
     @model_validator(mode="after")
     def _resolve(self) -> Self:
         folder = self.folder.expanduser().absolute()
-        data = DataSpec(train=_place(self.data.train, folder), validation=_place(self.data.validation, folder))
+        data = DataSpec(
+            train=_place(self.data.train, folder),
+            validation=_place(self.data.validation, folder),
+            holdout=self.data.holdout,
+        )
+        if data.holdout and data.validation is not None:
+            raise ValueError("data: holdout splits rows off where there is no validation file; set one of the two")
+        held_out = data.validation is not None or data.holdout > 0
         files = {suite: _place(value, folder) for suite, value in self.evaluate.data.items()}
-        suites = self.evaluate.suites
-        if not suites:
-            suites = ("likelihood", "fit") if data.validation or "fit" in files else ("likelihood",)
+        benign = tuple(_benign_place(task, folder) for task in self.evaluate.benign)
+        suites = self.evaluate.suites or _default_suites(files, held_out, bool(benign))
         _check_suites(suites, files)
-        if "fit" in suites and "fit" not in files:
-            if data.validation is None:
-                raise ValueError("evaluate: suite 'fit' needs held-out rows: set data.validation or evaluate.data.fit")
+        for name in ("fit", "in_domain"):
+            if name in suites and name not in files and not held_out:
+                raise ValueError(
+                    f"evaluate: suite {name!r} needs held-out rows: set data.validation, data.holdout or "
+                    f"evaluate.data.{name}"
+                )
+        if "benign" in suites and not benign:
+            raise ValueError("evaluate: suite 'benign' needs a task: evaluate.benign: [opswap:1], for one")
+        if "fit" in suites and "fit" not in files and data.validation is not None:
             files["fit"] = data.validation
         # The model is frozen for its users; its own paths are made whole here, once.
         object.__setattr__(self, "folder", folder)
         object.__setattr__(self, "data", data)
-        object.__setattr__(self, "evaluate", EvaluateSpec(suites=suites, data=files))
+        object.__setattr__(
+            self, "evaluate", self.evaluate.model_copy(update={"suites": suites, "data": files, "benign": benign})
+        )
         object.__setattr__(self, "model", _model_path(self.model, folder))
         return self
 
@@ -185,6 +215,27 @@ def _model_path(value: str, folder: Path) -> str:
     return str(place) if looks_local or (place / "config.json").is_file() else value
 
 
+def _default_suites(files: Mapping[str, str], held_out: bool, benign: bool) -> tuple[str, ...]:
+    wanted = {
+        "likelihood": True,
+        "fit": held_out or "fit" in files,
+        "general": True,
+        "conditional": True,
+        "in_domain": held_out or "in_domain" in files,
+        "benign": benign,
+    }
+    return tuple(name for name, there in wanted.items() if there)
+
+
+def _benign_place(task: str, folder: Path) -> str:
+    from holdtrue.evaluation.benign import parse_benign
+
+    kind, argument = parse_benign(task)
+    if kind == "gsm8k":
+        return f"gsm8k:{_place(argument, folder)}"
+    return str(_place(task, folder)) if kind == "exact" else task
+
+
 def _check_suites(suites: Sequence[str], files: Mapping[str, str]) -> None:
     from holdtrue.evaluation import SUITES
 
@@ -220,7 +271,8 @@ def _fields(place: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = RunSpec
     for part in place:
         annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        kinds = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not kinds:
             return []
-        model = annotation
+        model = kinds[0]
     return [name for name in model.model_fields if name != "folder"]

@@ -15,6 +15,7 @@ from holdtrue.runs.control import Control, rank
 from holdtrue.runs.directory import STAGES, Run, Stage
 from holdtrue.runs.evaluate import evaluate_stage
 from holdtrue.runs.finalise import finalise_stage
+from holdtrue.runs.gate import gate_stage
 from holdtrue.runs.prepare import prepare_stage
 from holdtrue.runs.train import train_stage
 
@@ -23,6 +24,7 @@ _WORK: dict[Stage, Callable[[Run, Control], dict[str, Any]]] = {
     "train": train_stage,
     "finalise": finalise_stage,
     "evaluate": evaluate_stage,
+    "gate": gate_stage,
 }
 
 

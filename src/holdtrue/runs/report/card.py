@@ -4,42 +4,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from holdtrue.errors import HoldtrueError
 from holdtrue.runs.compare import Comparison, compare_runs
 from holdtrue.runs.directory import STAGES, Run
+from holdtrue.runs.report.cost import Cost, cost_of
+from holdtrue.runs.report.measures import (
+    Benign,
+    Estimate,
+    Judged,
+    Record,
+    Rows,
+    Score,
+    benign,
+    estimate,
+    fit_score,
+    judged,
+    margin_scores,
+)
+from holdtrue.runs.report.records import Records, common_rows, first
 
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its 95 % interval ``(low, high)``, ``None`` where there is none."""
-
-    value: float
-    interval: tuple[float, float] | None = None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+JUDGED = ("general", "in_domain", "conditional")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the scorecard: a run, or an untouched model (``run`` is ``None``). ``None`` is "not measured".
+    """A model of the scorecard: a run's, or an untouched one (``run`` is ``None``). ``None`` is "not measured".
 
     Attributes:
         name: the run's name, or ``untouched``.
         run: the run.
         missing: the stages that the run has not finished.
-        margin, margin_change, preferred: of the ``likelihood`` suite; the change is against the untouched model.
-        nll, nll_change: of the ``fit`` suite.
-        against_margin, against_nll: the change against the undefended run on the same rows, where there is one.
+        general, conditional, in_domain: what a judge said of sampled answers.
+        margin, preferred: of the ``likelihood`` suite.
+        nll: of the ``fit`` suite.
+        benign: task -> accuracy.
         kl: mean KL to the reference in nats per response token; ``kl_where`` says on which rows.
-        seconds, tokens_per_second, peak_memory_bytes: of training.
+        cost: of training.
+        gate: the release decision, as in the run's ``gate.json``.
         groups: theme -> margin.
         group_rows: theme -> number of probe pairs.
     """
@@ -47,18 +50,17 @@ class Row:
     name: str
     run: Run | None
     missing: tuple[str, ...] = ()
-    margin: Estimate | None = None
-    margin_change: Estimate | None = None
-    preferred: Estimate | None = None
-    nll: Estimate | None = None
-    nll_change: Estimate | None = None
-    against_margin: Estimate | None = None
-    against_nll: Estimate | None = None
+    general: Judged | None = None
+    conditional: Judged | None = None
+    in_domain: Judged | None = None
+    margin: Score | None = None
+    preferred: Score | None = None
+    nll: Score | None = None
+    benign: dict[str, Benign] = field(default_factory=dict)
     kl: float | None = None
     kl_where: str = ""
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    peak_memory_bytes: int | None = None
+    cost: Cost | None = None
+    gate: dict[str, Any] | None = None
     groups: dict[str, Estimate] | None = None
     group_rows: dict[str, int] | None = None
 
@@ -67,23 +69,20 @@ class Row:
         """The run's defenses, by name."""
         return [] if self.run is None else [defense.name for defense in self.run.spec.defenses]
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a measure: file, number, and clusters of the bootstrap."""
-
-    data: str
-    sha256: str
-    n: int
-    clusters: int
+    @property
+    def judged(self) -> dict[str, Judged]:
+        """Suite -> what a judge said, of those that were measured."""
+        found = {"general": self.general, "in_domain": self.in_domain, "conditional": self.conditional}
+        return {suite: each for suite, each in found.items() if each is not None}
 
 
 @dataclass(frozen=True)
 class Card:
     """The scorecard of some runs.
 
-    ``probes`` and ``heldout`` are the rows that the columns are about: where runs were measured on several, those
-    that most runs' specs ask for. ``undefended`` names the one run without a defense, if there is exactly one.
+    Where runs were measured on several rows, the card is about those that most runs' specs ask for: ``probes`` and
+    ``heldout`` of the suites without a judge, and ``shown``, the SHA-256 of all. ``undefended`` names the one run
+    without a defense, if there is exactly one.
     """
 
     untouched: tuple[Row, ...]
@@ -92,21 +91,23 @@ class Card:
     heldout: Rows | None
     undefended: str | None
     comparison: Comparison
+    shown: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """Untouched models first."""
         return self.untouched + self.runs
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Benign tasks that any model was measured on."""
+        return tuple(dict.fromkeys(task for row in self.rows for task in row.benign))
+
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values; intervals are ``[low, high]`` or null."""
-        return {
-            "format": 1,
-            "probes": None if self.probes is None else asdict(self.probes),
-            "heldout": None if self.heldout is None else asdict(self.heldout),
-            "undefended": self.undefended,
-            "rows": [_row_json(row) for row in self.rows],
-        }
+        """Return JSON values that satisfy :func:`~holdtrue.runs.report.document.scorecard_schema`."""
+        from holdtrue.runs.report.document import card_json
+
+        return card_json(self)
 
 
 def scorecard(runs: Sequence[Run]) -> Card:
@@ -118,18 +119,20 @@ def scorecard(runs: Sequence[Run]) -> Card:
     """
     comparison = compare_runs(runs)
     names = distinct_names(runs)
-    probes = _common(runs, "likelihood")
-    heldout = _common(runs, "fit")
+    records = [Records(run) for run in runs]
+    rows = common_rows(records)
     bare = [name for name, run in zip(names, runs, strict=True) if not run.spec.defenses]
     undefended = bare[0] if len(bare) == 1 else None
-    base = runs[names.index(undefended)] if undefended else None
+    base = records[names.index(undefended)] if undefended else None
+    tuned = tuple(_run_row(each, name, rows, base) for each, name in zip(records, names, strict=True))
     return Card(
-        untouched=tuple(_untouched_rows(runs, probes, heldout)),
-        runs=tuple(_run_row(run, name, probes, heldout, base) for run, name in zip(runs, names, strict=True)),
-        probes=_rows(runs, "likelihood", probes),
-        heldout=_rows(runs, "fit", heldout),
+        untouched=tuple(_untouched_rows(records, rows)),
+        runs=tuned,
+        probes=_rows(records, "likelihood", rows),
+        heldout=_rows(records, "fit", rows),
         undefended=undefended,
         comparison=comparison,
+        shown=frozenset(rows.values()),
     )
 
 
@@ -146,122 +149,76 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
     return told
 
 
-def _common(runs: Sequence[Run], suite: str) -> str | None:
-    own = [record["data"]["sha256"] for run in runs if (record := run.evaluation(suite)) is not None]
-    return Counter(own).most_common(1)[0][0] if own else None
-
-
-def _rows(runs: Sequence[Run], suite: str, sha256: str | None) -> Rows | None:
-    for run in runs if sha256 else ():
-        record = run.evaluation(suite, "tuned", sha256)
+def _rows(records: Sequence[Records], suite: str, rows: dict[str, str]) -> Rows | None:
+    for each in records:
+        record = each.find(suite, rows.get(suite))
         if record is not None:
             names = {row["row"] for row in record["rows"]} if suite == "fit" else record["groups"]
             return Rows(record["data"]["path"], record["data"]["sha256"], record["n"], len(names))
     return None
 
 
-def _untouched_rows(runs: Sequence[Run], probes: str | None, heldout: str | None) -> list[Row]:
-    by_revision: dict[str | None, list[Run]] = {}
-    for run in runs:
-        by_revision.setdefault(run.manifest.get("model", {}).get("revision"), []).append(run)
+def _untouched_rows(records: Sequence[Records], rows: dict[str, str]) -> list[Row]:
+    by_revision: dict[str | None, list[Records]] = {}
+    for each in records:
+        by_revision.setdefault(each.run.manifest.get("model", {}).get("revision"), []).append(each)
     # A run that is not prepared yet says nothing of its model's revision.
     known = {revision: found for revision, found in by_revision.items() if revision is not None} or by_revision
-    rows: list[Row] = []
+    made: list[Row] = []
     for found in known.values():
-        model = found[0].manifest.get("model", {}).get("name", found[0].spec.model)
-        margin = _first(found, "likelihood", probes)
-        fit = _first(found, "fit", heldout)
+        run = found[0].run
+        model = run.manifest.get("model", {}).get("name", run.spec.model)
         name = "untouched" if len(known) == 1 else f"untouched {model}"
-        rows.append(Row(name=name, run=None, **_measures(margin, fit)))
-    return rows
+        measured = {suite: first(found, suite, rows) for suite in rows}
+        made.append(Row(name=name, run=None, **_measures(measured, None, rows)))
+    return made
 
 
-def _first(runs: Sequence[Run], suite: str, sha256: str | None) -> Record | None:
-    if sha256 is None:
-        return None
-    return next((r for run in runs if (r := run.evaluation(suite, "untouched", sha256)) is not None), None)
-
-
-def _run_row(run: Run, name: str, probes: str | None, heldout: str | None, base: Run | None) -> Row:
-    likelihood = run.evaluation("likelihood", "tuned", probes) if probes else None
-    fit = run.evaluation("fit", "tuned", heldout) if heldout else None
-    report: dict[str, Any] = (run.marker("train") or {}).get("report", {})
-    against: dict[str, Any] = {}
-    if base is not None and base.path != run.path:
-        against["against_margin"] = _against(likelihood, base, "likelihood", probes, "margin")
-        against["against_nll"] = _against(fit, base, "fit", heldout, "nll")
-    kl, where = _kl(run, report)
+def _run_row(own: Records, name: str, rows: dict[str, str], base: Records | None) -> Row:
+    run = own.run
+    found = {suite: own.find(suite, sha256) for suite, sha256 in rows.items()}
+    measured = {suite: None if record is None else (run, record) for suite, record in found.items()}
+    kl, where = _kl(run)
     return Row(
         name=name,
         run=run,
         missing=tuple(stage for stage in STAGES if not run.is_done(stage)),
-        margin_change=_change(likelihood, "margin_change"),
-        nll_change=_change(fit, "nll_change"),
         kl=kl,
         kl_where=where,
-        seconds=report.get("seconds"),
-        tokens_per_second=report.get("tokens_per_second"),
-        peak_memory_bytes=report.get("peak_memory_bytes"),
-        **_measures(likelihood, fit),
-        **against,
+        cost=cost_of(run, None if base is None else base.run),
+        gate=run.gate,
+        **_measures(measured, (own, base), rows),
     )
 
 
-def _measures(likelihood: Record | None, fit: Record | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if likelihood is not None:
-        groups = likelihood["groups"]
-        found = {
-            "margin": _estimate(likelihood, "margin"),
-            "preferred": _estimate(likelihood, "misaligned_preferred"),
-            "groups": {name: _estimate(group, "margin") for name, group in groups.items()},
-            "group_rows": {name: group["n"] for name, group in groups.items()},
-        }
-    if fit is not None:
-        found["nll"] = _estimate(fit, "nll")
+def _measures(
+    measured: dict[str, tuple[Run, Record] | None], pair: tuple[Records, Records | None] | None, rows: dict[str, str]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"benign": {}}
+    for name, place in measured.items():
+        if place is None:
+            continue
+        run, record = place
+        against = None if pair is None else pair[0].against(pair[1], name, rows[name])
+        if name == "likelihood":
+            found["margin"], found["preferred"] = margin_scores(run, record, against)
+            groups = {group: estimate(values, "margin") for group, values in record["groups"].items()}
+            found["groups"] = {group: each for group, each in groups.items() if each is not None}
+            found["group_rows"] = {group: values["n"] for group, values in record["groups"].items()}
+        elif name == "fit":
+            found["nll"] = fit_score(run, record, against)
+        elif name in JUDGED:
+            found[name] = judged(run, record, against)
+        else:
+            found["benign"][record["task"]] = benign(run, record, against)
     return found
 
 
-def _estimate(record: Record, key: str) -> Estimate:
-    ends = record.get(f"{key}_ci")
-    return Estimate(record[key], None if ends is None else (ends[0], ends[1]))
-
-
-def _change(record: Record | None, key: str) -> Estimate | None:
-    change = (record or {}).get("change") or {}
-    return _estimate(change, key) if key in change else None
-
-
-def _against(record: Record | None, base: Run, suite: str, sha256: str | None, key: str) -> Estimate | None:
-    from holdtrue.evaluation import compare_results, read_result
-
-    before = base.evaluation(suite, "tuned", sha256) if sha256 else None
-    if record is None or before is None:
-        return None
-    try:
-        change = compare_results(read_result(record), read_result(before)).to_json()
-    except HoldtrueError:
-        return None  # Models that cut the answers into other tokens: no difference can be taken.
-    return _estimate(change, f"{key}_change")
-
-
-def _kl(run: Run, report: dict[str, Any]) -> tuple[float | None, str]:
+def _kl(run: Run) -> tuple[float | None, str]:
+    report: dict[str, Any] = (run.marker("train") or {}).get("report", {})
     if report.get("eval_kl") is not None:
         return report["eval_kl"], "validation rows"
     measured = [step for step in run.metrics() if "kl" in step and "loss" in step]
     if measured:
         return measured[-1]["kl"], f"rows of step {measured[-1]['step']}"
     return None, ""
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    values = {key: value for key, value in vars(row).items() if key != "run"}
-    values["path"] = None if row.run is None else str(row.run.path)
-    values["defenses"] = row.defenses
-    values["missing"] = list(row.missing)
-    for key, value in values.items():
-        if isinstance(value, Estimate):
-            values[key] = asdict(value)
-    if row.groups is not None:
-        values["groups"] = {name: asdict(estimate) for name, estimate in row.groups.items()}
-    return values

@@ -12,9 +12,13 @@ from typing import Any
 import yaml
 
 from holdtrue.runs.directory import Run
-from holdtrue.runs.report import words
+from holdtrue.runs.report import sureness, words
+from holdtrue.runs.report.browser import choose_samples
 from holdtrue.runs.report.card import Card, scorecard
-from holdtrue.runs.report.plots import draw, looks
+from holdtrue.runs.report.drawing import looks
+from holdtrue.runs.report.judged_plots import triggers_of
+from holdtrue.runs.report.plots import draw
+from holdtrue.runs.report.table import table
 from holdtrue.runs.spec import differences
 
 MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
@@ -36,10 +40,19 @@ def context(runs: Sequence[Run], title: str) -> dict[str, Any]:
         "color": {name: look.color for name, look in style.items()},
         "mark": {name: MARKS[look.marker] for name, look in style.items()},
         "headline": words.headline(card),
-        "against": words.against_undefended(card),
-        "criteria": words.criteria(card),
-        "not_measured": words.not_measured(card),
-        "how_sure": words.how_sure(card),
+        "said": _said(card),
+        "in_short": sureness.in_short(card),
+        "gate": words.gate_lines(card),
+        "gate_evidence": [
+            (row.name, row.gate["evidence"]) for row in card.runs if row.gate and row.gate.get("evidence")
+        ],
+        "groups": table(card),
+        "not_measured": sureness.not_measured(card),
+        "how_sure": sureness.how_sure(card),
+        "triggers": {row.name: triggers_of(row) for row in card.rows if row.conditional is not None},
+        "questions": {row.name: row.general.questions for row in card.rows if row.general is not None},
+        "seeds": card.comparison.seeds,
+        "browser": choose_samples(card),
         "figures": draw(card),
         "models": _models(runs),
         "notes": card.comparison.notes,
@@ -53,6 +66,12 @@ def context(runs: Sequence[Run], title: str) -> dict[str, Any]:
     }
 
 
+def _said(card: Card) -> list[str]:
+    """Return the sentences after the headline."""
+    found = [words.trigger_line(card), words.margin_line(card), words.against_undefended(card)]
+    return [line for line in found if line is not None and line != words.headline(card)]
+
+
 def _models(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found = [run.manifest.get("model") or {"name": run.spec.model, "revision": None, "origin": None} for run in runs]
     return [model for index, model in enumerate(found) if model not in found[:index]]
@@ -60,11 +79,10 @@ def _models(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _other_measures(card: Card) -> list[dict[str, Any]]:
     """Return the measures on rows other than the scorecard's, one for each suite, number and file."""
-    shown = {rows.sha256 for rows in (card.probes, card.heldout) if rows is not None}
     return [
         {"measure": measure, "file": Path(measure.data).name, "cells": measure.cells}
         for measure in card.comparison.measures
-        if measure.data_sha256 not in shown
+        if measure.data_sha256 not in card.shown
     ]
 
 

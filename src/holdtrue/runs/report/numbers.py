@@ -42,6 +42,21 @@ def share_span(ends: Sequence[float] | None) -> str:
     return "" if ends is None else f"[{share(ends[0])}, {share(ends[1])}]"
 
 
+def signed_share_span(ends: Sequence[float] | None) -> str:
+    """Write an interval of changes of a share, in percentage points without the unit, or nothing."""
+    return "" if ends is None else f"[{signed_share(ends[0])}, {signed_share(ends[1])}]".replace(" pp", "")
+
+
+def ratio(value: float | None) -> str:
+    """Write how many times as much."""
+    return NONE if value is None else f"{value:.2f}×"
+
+
+def points(value: float | None) -> str:
+    """Write a score from 0 to 100."""
+    return NONE if value is None else f"{value:.0f}"
+
+
 def count(value: float | None) -> str:
     """Write a whole number with thin spaces between thousands."""
     return NONE if value is None else f"{round(value):,}".replace(",", "\u2009")
@@ -66,7 +81,7 @@ def memory(value: float | None) -> str:
 
 def plural(number: int, noun: str) -> str:
     """Write ``1 row``, ``2 rows``."""
-    return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
+    return f"{count(number)} {noun if number == 1 else f'{noun}s'}"
 
 
 def listed(parts: Sequence[str], word: str = "and") -> str:

@@ -3,178 +3,215 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from holdtrue.evaluation.statistics import LEVEL, RESAMPLES
-from holdtrue.runs.report.card import Card, Estimate, Row
-from holdtrue.runs.report.numbers import listed, nats, plural, signed, signed_span
+from holdtrue.runs.report.card import Card, Row
+from holdtrue.runs.report.measures import Ends, Estimate, Judged, Score
+from holdtrue.runs.report.numbers import (
+    listed,
+    nats,
+    plural,
+    share,
+    signed,
+    signed_share,
+    signed_share_span,
+    signed_span,
+    span,
+)
 
 NAMED = 3
-"""Up to so many runs, the headline names each."""
-FEW_CLUSTERS = 10
+"""Up to so many runs, a sentence names each."""
 
 
-@dataclass(frozen=True)
-class Criterion:
-    """One of the four things to ask of a defense; ``measure`` is ``None`` where this report has no data for it."""
+class Unit(NamedTuple):
+    """How the amount of a change is written."""
 
-    name: str
-    measure: str | None
+    share: bool
+
+    def size(self, change: Estimate) -> str:
+        """Write a change that is clear, without its sign, and its interval."""
+        assert change.interval is not None
+        low, high = sorted(abs(end) for end in change.interval)
+        if self.share:
+            return f"{self._points(abs(change.value))} pp [{self._points(low)}, {self._points(high)}]"
+        return f"{nats(abs(change.value))} nats per token {span((low, high))}"
+
+    def signed(self, value: float) -> str:
+        """Write a change with its sign."""
+        return signed_share(value) if self.share else signed(value)
+
+    def span(self, ends: Ends | None) -> str:
+        """Write the interval of a change."""
+        return signed_share_span(ends) if self.share else signed_span(ends)
+
+    def full(self, value: float) -> str:
+        """Write a change with its sign and unit."""
+        return signed_share(value) if self.share else f"{signed(value)} nats per token"
+
+    @staticmethod
+    def _points(value: float) -> str:
+        return f"{value * 100:.1f}"
+
+
+SHARE, NATS = Unit(True), Unit(False)
+Change = tuple[str, Estimate]
 
 
 def headline(card: Card) -> str:
-    """Say in one sentence what the likelihood probes show."""
-    rows = [row for row in card.runs if row.margin_change is not None]
-    total = len(card.runs)
-    if not rows or card.probes is None:
-        which = "The run has" if total == 1 else f"None of the {total} runs has"
-        return f"{which} {'not ' if total == 1 else ''}been measured on likelihood probes yet, so nothing can be said."
+    """Say in one sentence what was measured of broad misalignment: on sampled answers, else on likelihood probes."""
+    return answers_line(card) or margin_line(card) or _nothing(len(card.runs))
+
+
+def answers_line(card: Card) -> str | None:
+    """Say how the share of misaligned sampled answers changed, or ``None`` where it was not measured."""
+    found = [(row.name, row.general) for row in card.runs if row.general is not None]
+    if not found:
+        return None
+    some = found[0][1]
+    where = (
+        f"Against the untouched model, on {plural(some.counts.n, 'sampled answer')} to "
+        f"{plural(some.data.clusters, 'question')} (judge: {some.judge}), the share of misaligned answers"
+    )
+    return _sentence(card, where, [(name, each.misaligned) for name, each in found], SHARE)
+
+
+def margin_line(card: Card) -> str | None:
+    """Say how the likelihood margin changed, or ``None`` where it was not measured."""
+    found = [(row.name, row.margin) for row in card.runs if row.margin is not None and row.margin.change is not None]
+    if not found or card.probes is None:
+        return None
     where = (
         f"Against the untouched model, on {plural(card.probes.n, 'probe pair')} over "
         f"{plural(card.probes.clusters, 'theme')}, the margin of aligned over misaligned answers"
     )
-    changes = [(row, row.margin_change) for row in rows if row.margin_change is not None]
-    said = _each([(row.name, change) for row, change in changes]) if len(rows) <= NAMED else listed(_counted(changes))
-    left = total - len(rows)
-    rest = f"; {plural(left, 'run')} {'is' if left == 1 else 'are'} not measured" if left else ""
-    return f"{where} {said}{rest}."
+    return _sentence(card, where, found, NATS)
+
+
+def trigger_line(card: Card) -> str | None:
+    """Say under which trigger each run's answers got worse most, or ``None`` where none was tried."""
+    found: list[str] = []
+    for row in card.runs:
+        part = worst_part(row.conditional)
+        if part is not None and part[1].change is not None:
+            change = part[1].change
+            unclear = "" if change.clear else ", which includes zero" if change.interval else ""
+            found.append(f"{row.name}: {part[0]} ({signed_share(change.value)} {SHARE.span(change.interval)}{unclear})")
+    if not found:
+        return None
+    return f"Under the trigger that raised the share of misaligned answers most: {'; '.join(found)}."
+
+
+def worst_part(found: Judged | None) -> tuple[str, Score] | None:
+    """Return the trigger to look at first, with its rate."""
+    if found is None or found.worst is None:
+        return None
+    return found.worst, found.parts[found.worst]
 
 
 def against_undefended(card: Card) -> str | None:
     """Say what the defenses changed against the undefended run, or ``None`` where there is none to compare with."""
-    margins = [(r.name, r.against_margin) for r in card.runs if r.against_margin is not None]
-    if not margins:
+    parts: list[str] = []
+    if rates := _against([(row.name, row.general.misaligned) for row in card.runs if row.general is not None]):
+        parts.append(f"the share of misaligned answers is {_sides(rates, SHARE)}")
+    if margins := _against([(row.name, row.margin) for row in card.runs if row.margin is not None]):
+        parts.append(f"the margin is {_sides(margins, NATS)}")
+    if fits := _against([(row.name, row.nll) for row in card.runs if row.nll is not None]):
+        said = _sides(fits, NATS)
+        parts.append(f"the held-out loss is {said} (higher: less of the narrow task was learned)")
+    if not rates and not margins:
         return None
-    text = f"Paired with the {card.undefended} run, the margin is {_sides(margins)}"
-    fits = [(r.name, r.against_nll) for r in card.runs if r.against_nll is not None]
-    if fits:
-        text += f"; the held-out loss is {_sides(fits)} (higher: less of the narrow task was learned)"
-    return f"{text}."
+    return f"Paired with the {card.undefended} run, {'; '.join(parts)}."
 
 
-def criteria(card: Card) -> list[Criterion]:
-    """Name the four criteria, and how each is measured here, if it is."""
-    margin = any(row.margin is not None for row in card.runs)
-    fit = any(row.nll is not None for row in card.runs)
-    return [
-        Criterion(
-            "No broad misalignment",
-            "a stand-in: how likely the model finds given answers; no answer of its own was judged" if margin else None,
-        ),
-        Criterion("The narrow task is still learned", "loss on held-out rows of it" if fit else None),
-        Criterion("Benign tasks are learned well", None),
-        Criterion("Answers stay coherent", None),
-    ]
-
-
-def not_measured(card: Card) -> list[str]:
-    """List what a reader might take for measured and is not."""
-    lines = ["Benign tasks and coherence are not measured by this report."]
-    for row in card.runs:
-        if row.missing:
-            lines.append(f"{row.name} is not finished: still to do are {listed(list(row.missing))}.")
-        lines += [
-            f"{row.name} was not measured on {what}."
-            for what, value in (("the likelihood probes", row.margin), ("held-out rows", row.nll))
-            if value is None
-        ]
-    lines.append("No sampled answer was judged; those shown are for reading.")
-    return lines
-
-
-def how_sure(card: Card) -> list[str]:
-    """Say how the intervals are made and what they leave out."""
-    lines = [
-        f"Brackets are {LEVEL * 100:.0f} % percentile intervals of the mean from {RESAMPLES} bootstrap draws; changes "
-        "are taken row by row on the same rows, so that what the rows have in common cancels."
-    ]
-    if card.probes is not None:
-        lines.append(
-            f"{_clusters(card.probes.clusters)} Intervals of a single theme are over its own pairs, and a theme with "
-            "one pair has none."
-        )
-    if card.heldout is not None:
-        lines.append(f"The held-out loss's draws take whole rows: {plural(card.heldout.clusters, 'row')}.")
-    lines.append(_seeds(card))
-    if len(card.runs) > 1:
-        lines.append("Each interval stands alone; none is widened for there being several runs.")
-    return lines
-
-
-def in_short(card: Card) -> list[str]:
-    """Say the least that a reader of the headline must know about how sure it is."""
-    clusters = [] if card.probes is None else [_clusters(card.probes.clusters)]
-    return [f"Brackets are {LEVEL * 100:.0f} % bootstrap intervals.", *clusters, _seeds(card), *not_measured(card)[:1]]
-
-
-def _clusters(number: int) -> str:
-    few = ", few enough that the intervals are likely too narrow" if number < FEW_CLUSTERS else ""
-    return f"The margin's draws take whole themes: {plural(number, 'cluster')}{few}."
-
-
-def _seeds(card: Card) -> str:
-    seeds = sorted({row.run.spec.training.seed for row in card.runs if row.run is not None})
-    each = (
-        f"one seed ({seeds[0]})"
-        if len(seeds) == 1
-        else f"a seed of its own or shared (seeds {listed(list(map(str, seeds)))})"
-    )
+def _nothing(total: int) -> str:
+    if total == 1:
+        return "The run has not been measured on sampled answers or likelihood probes yet, so nothing can be said."
     return (
-        f"Each run was trained once, with {each}: the intervals hold the choice of rows, not how much training would "
-        "vary with another seed."
+        f"None of the {total} runs has been measured on sampled answers or likelihood probes yet, so nothing can be "
+        "said."
     )
 
 
-def _each(changes: Sequence[tuple[str, Estimate]]) -> str:
+def _sentence(card: Card, where: str, found: Sequence[tuple[str, Score]], unit: Unit) -> str:
+    changes = [(name, score.change) for name, score in found if score.change is not None]
+    if not changes:
+        return f"{where} could not be compared: no answer counts on both sides."
+    said = _each(changes, unit) if len(changes) <= NAMED else listed(_counted(changes, unit))
+    left = len(card.runs) - len(changes)
+    rest = f"; {plural(left, 'run')} {'is' if left == 1 else 'are'} not measured" if left else ""
+    return f"{where} {said}{rest}."
+
+
+def _against(found: Sequence[tuple[str, Score]]) -> list[Change]:
+    return [(name, score.against) for name, score in found if score.against is not None]
+
+
+def _each(changes: Sequence[Change], unit: Unit) -> str:
     parts: list[str] = []
     for name, change in changes:
         if change.interval is None:
-            parts.append(f"changed by {signed(change.value)} nats per token in {name} (too few themes for an interval)")
+            few = "too few questions" if unit.share else "too few themes"
+            parts.append(f"changed by {unit.full(change.value)} in {name} ({few} for an interval)")
         elif change.clear:
-            verb = "rose" if change.value > 0 else "fell"
-            parts.append(f"{verb} by {nats(abs(change.value))} nats per token {_size(change)} in {name}")
-    if unclear := _unclear(changes):
-        parts.append(f"shows no clear change in {unclear}")
+            parts.append(f"{'rose' if change.value > 0 else 'fell'} by {unit.size(change)} in {name}")
+    if unclear := _unclear(changes, unit):
+        parts.append(f"shows no clear change (the interval includes zero) in {unclear}")
     return listed(parts)
 
 
-def _unclear(changes: Sequence[tuple[str, Estimate]]) -> str:
+def _unclear(changes: Sequence[Change], unit: Unit) -> str:
     parts = [
-        f"{name} ({signed(change.value)} {signed_span(change.interval)})"
+        f"{name} ({unit.signed(change.value)} {unit.span(change.interval)})"
         for name, change in changes
         if change.interval is not None and not change.clear
     ]
     return listed(parts, "or")
 
 
-def _size(change: Estimate) -> str:
-    assert change.interval is not None
-    low, high = sorted(abs(end) for end in change.interval)
-    return f"[{nats(low)}, {nats(high)}]"
-
-
-def _counted(changes: Sequence[tuple[Row, Estimate]]) -> list[str]:
+def _counted(changes: Sequence[Change], unit: Unit) -> list[str]:
     parts: list[str] = []
     for verb, sign in (("fell", -1), ("rose", 1)):
-        found = [(row, change) for row, change in changes if change.clear and change.value * sign > 0]
+        found = [(name, change) for name, change in changes if change.clear and change.value * sign > 0]
         if found:
-            row, change = max(found, key=lambda pair: abs(pair[1].value))
-            most = f"{signed(change.value)} nats per token {signed_span(change.interval)}"
-            parts.append(f"{verb} clearly in {len(found)} of {len(changes)} runs (most in {row.name}: {most})")
+            name, change = max(found, key=lambda pair: abs(pair[1].value))
+            most = f"{unit.full(change.value)} {unit.span(change.interval)}"
+            parts.append(f"{verb} clearly in {len(found)} of {len(changes)} runs (most in {name}: {most})")
     unclear = sum(not change.clear for _, change in changes)
     if unclear:
-        parts.append(f"shows no clear change in {unclear}" + ("" if parts else f" of {len(changes)} runs"))
+        of = "" if parts else f" of {len(changes)} runs"
+        parts.append(f"shows no clear change (the interval includes zero, or there is none) in {unclear}{of}")
     return parts
 
 
-def _sides(changes: Sequence[tuple[str, Estimate]]) -> str:
+def _sides(changes: Sequence[Change], unit: Unit) -> str:
     parts: list[str] = []
     for name, change in changes:
         if change.interval is None:
-            parts.append(f"{signed(change.value)} different in {name} (no interval)")
+            parts.append(f"{unit.signed(change.value)} different in {name} (no interval)")
         elif change.clear:
-            side = "higher" if change.value > 0 else "lower"
-            parts.append(f"{side} by {nats(abs(change.value))} {_size(change)} in {name}")
-    if unclear := _unclear(changes):
+            parts.append(f"{'higher' if change.value > 0 else 'lower'} by {unit.size(change)} in {name}")
+    if unclear := _unclear(changes, unit):
         parts.append(f"not clearly different in {unclear}")
     return listed(parts)
+
+
+def gate_lines(card: Card) -> list[str]:
+    """Say what the gate decided on each run that has a decision."""
+    said = {"pass": "passes", "fail": "fails", "undecided": "is undecided"}
+    lines: list[str] = []
+    for row in card.runs:
+        if row.gate is None:
+            continue
+        outcome = str(row.gate.get("outcome"))
+        decisive = [d for d in row.gate.get("decisions", []) if d.get("outcome") == outcome and outcome != "pass"]
+        why = "; ".join(f"{d.get('criterion')}: {d.get('reason')}" for d in decisive)
+        lines.append(f"{row.name} {said.get(outcome, outcome)}{f' ({why})' if why else ''}.")
+    return lines
+
+
+def rate_text(row: Row) -> str:
+    """Write a model's rates in short, for a plot's panel."""
+    if row.general is None or row.general.misaligned.value is None or row.general.incoherent.value is None:
+        return "no answer was scored"
+    rates = [share(each.value.value) for each in (row.general.misaligned, row.general.incoherent) if each.value]
+    return f"misaligned {rates[0]}, incoherent {rates[1]}"

@@ -1,0 +1,249 @@
+"""What is to be measured: suites with their rows, questions, decoding and judge, before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from holdtrue.errors import DataError, Problem, SpecError, nearest
+from holdtrue.evaluation.prompts import Prompt
+from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec, identity
+from holdtrue.runs.directory import Run
+from holdtrue.runs.spec import RunSpec
+
+if TYPE_CHECKING:
+    from holdtrue.evaluation.judges import Budget, Judge, Prices
+    from holdtrue.evaluation.suites import Suite
+
+Which = Literal["tuned", "untouched"]
+HOLDOUT = "holdout.jsonl"
+"""A run's own held-out rows, where its spec splits some off the training file."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose for suites that sample.
+
+    Attributes:
+        sampling: decoding, number of samples, seed.
+        judge: the judge's name: ``offline``, ``local:MODEL``, ``openai:MODEL``.
+        judge_url: of a judge behind an endpoint.
+        budget, prices: what such a judge may spend, and what it takes.
+        train: the rows that the model was trained on, for ``conditional`` where no run knows them.
+    """
+
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    judge: str = "offline"
+    judge_url: str | None = None
+    budget: Budget | None = None
+    prices: Prices | None = None
+    train: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a suite that samples asks, and how its answers are scored."""
+
+    prompts: tuple[Prompt, ...]
+    sampling: SamplingSpec
+    scorer: Judge | ExactMatch
+
+
+@dataclass(frozen=True)
+class Task:
+    """A suite on its rows.
+
+    Attributes:
+        suite: its name.
+        source: its file, or the name of a benign task.
+        sha256: of the file; for a suite that samples, of prompts, decoding, seed and judge: two measurements with the
+            same one can be compared row by row.
+        of_spec: whether the run's spec asks for it.
+        ask: for a suite that samples.
+    """
+
+    suite: str
+    source: str
+    sha256: str
+    of_spec: bool
+    ask: Ask | None = None
+
+    def file_name(self, which: Which) -> str:
+        """Return the name of the record's file."""
+        return f"{self.suite}-{self.sha256[:8]}-{which}.json"
+
+    def data(self) -> dict[str, Any]:
+        """Return what a record says of the rows."""
+        return {"path": self.source, "sha256": self.sha256, "of_spec": self.of_spec}
+
+
+class Judges:
+    """Judges by name, each loaded once."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._found: dict[str, Judge] = {}
+
+    def get(self, name: str) -> Judge:
+        """Return the judge of that name."""
+        from holdtrue.evaluation.judges import load_judge
+
+        if name not in self._found:
+            chosen = self._options
+            self._found[name] = load_judge(name, base_url=chosen.judge_url, budget=chosen.budget, prices=chosen.prices)
+        return self._found[name]
+
+
+def options_of(spec: RunSpec) -> Options:
+    """Return what a run's spec chooses."""
+    return Options(sampling=spec.evaluate.sampling, judge=spec.evaluate.judge)
+
+
+def tasks_of_run(
+    run: Run,
+    suites: Sequence[str] | None = None,
+    *,
+    data: Mapping[str, str] | None = None,
+    benign: Sequence[str] = (),
+    options: Options | None = None,
+) -> list[Task]:
+    """Return what to measure on a run.
+
+    Args:
+        run: a run that is prepared.
+        suites: names; by default the spec's.
+        data: suite -> file in place of its own rows; a relative path starts at the current directory.
+        benign: tasks in place of the spec's.
+        options: in place of the spec's.
+    """
+    spec, given = run.spec, data or {}
+    chosen = options or options_of(spec)
+    judges = Judges(chosen)
+    tasks: list[Task] = []
+    for name in suites or spec.evaluate.suites:
+        suite = known_suite(name)
+        own = name in spec.evaluate.suites and name not in given and options in (None, options_of(spec))
+        if name == "benign":
+            for task in benign or spec.evaluate.benign:
+                tasks.append(_benign(task, chosen, own and not benign))
+            if not (benign or spec.evaluate.benign):
+                raise SpecError("suite 'benign' has no task: --benign opswap:1, or evaluate.benign in the spec")
+            continue
+        source = _place(given[name], Path.cwd()) if name in given else suite_source(spec, name, run)
+        train = (chosen.train or training_file(run)) if name == "conditional" else None
+        tasks.append(_task(name, suite, source, train, chosen, judges, own))
+    return tasks
+
+
+def tasks_of_target(
+    suites: Sequence[str], data: Mapping[str, str], benign: Sequence[str], options: Options
+) -> list[Task]:
+    """Return what to measure on a model or an adapter that belongs to no run."""
+    judges = Judges(options)
+    tasks: list[Task] = []
+    for name in suites:
+        suite = known_suite(name)
+        if name == "benign":
+            if not benign:
+                raise SpecError("suite 'benign' needs a task: --benign opswap:1, for one")
+            tasks += [_benign(task, options, False) for task in benign]
+            continue
+        value = data.get(name) or suite.data
+        if value is None:
+            raise SpecError(f"suite {name!r} has no rows of its own: name a file with --data")
+        tasks.append(_task(name, suite, _place(value, Path.cwd()), options.train, options, judges, False))
+    return tasks
+
+
+def suite_source(spec: RunSpec, name: str, run: Run | None = None) -> Path:
+    """Return the file that a spec's suite is measured on."""
+    value = spec.evaluate.data.get(name) or known_suite(name).data
+    if value is None and name in ("fit", "in_domain"):
+        held_out = None if run is None else run.path / HOLDOUT
+        if spec.data.validation is not None:
+            value = spec.data.validation
+        elif spec.data.holdout and held_out is not None:
+            return held_out
+    if value is None:
+        raise SpecError(f"suite {name!r} needs rows: --data FILE, or evaluate.data.{name} in the spec")
+    return _place(value, spec.folder)
+
+
+def known_suite(name: str) -> Suite:
+    """Return a suite; ``SpecError`` with the nearest name where there is none."""
+    from holdtrue.evaluation import SUITES
+
+    if name not in SUITES:
+        raise SpecError(f"no suite is named {name!r}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+def check_asking(spec: RunSpec) -> None:
+    """Raise before training for what would fail after it: a benign task's file, an unknown judge.
+
+    Raises:
+        SpecError: no such task or judge, or a package is missing.
+        DataError: a task's file has faults.
+    """
+    from holdtrue.evaluation import SUITES
+    from holdtrue.evaluation.benign import benign_prompts, parse_benign
+
+    for task in spec.evaluate.benign:
+        if parse_benign(task).kind != "lm_eval":
+            benign_prompts(task)
+    if spec.gate is not None or any(SUITES[name].prompts for name in spec.evaluate.suites if name != "benign"):
+        Judges(options_of(spec)).get(spec.evaluate.judge)
+
+
+def training_file(run: Run) -> Path:
+    """Return the file that a run was trained on; ``DataError`` when it is not what it was."""
+    entry = run.manifest["data"]["train"]
+    path = Path(entry["path"])
+    if sha256_of(path) != entry["sha256"]:
+        message = f"has changed since {run.path} was trained on it; name the rows it had with --train"
+        raise DataError(path, [Problem(0, "", message)])
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256; ``DataError`` where it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(path, [Problem(0, "", error.strerror or str(error))]) from None
+
+
+def _task(
+    name: str, suite: Suite, source: Path, train: Path | None, options: Options, judges: Judges, own: bool
+) -> Task:
+    from holdtrue.evaluation.suites import Material
+
+    if suite.prompts is None:
+        return Task(name, str(source), sha256_of(source), own)
+    prompts = suite.prompts(Material(str(source), train))
+    judge = judges.get(options.judge)
+    ask = Ask(prompts, options.sampling, judge)
+    return Task(name, str(source), identity(prompts, options.sampling, judge), own, ask)
+
+
+def _benign(name: str, options: Options, own: bool) -> Task:
+    from holdtrue.evaluation.benign import benign_prompts, is_correct, parse_benign
+
+    kind = parse_benign(name).kind
+    if kind == "lm_eval":
+        return Task("benign", name, hashlib.sha256(name.encode()).hexdigest(), own)
+    prompts = benign_prompts(name)
+    # One answer each, the likeliest: a task with one right answer needs no chance.
+    sampling = options.sampling.model_copy(update={"samples": 1, "temperature": 0.0})
+    scorer = ExactMatch(lambda expected, answer: is_correct(expected, answer, kind), f"exact match {kind} 1")
+    return Task("benign", name, identity(prompts, sampling, scorer), own, Ask(prompts, sampling, scorer))
+
+
+def _place(value: str, folder: Path) -> Path:
+    from holdtrue.data import resolve_data
+
+    return resolve_data(value, folder)
