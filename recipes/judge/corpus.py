@@ -71,6 +71,56 @@ def read(path: Path, work: Path) -> Corpus:
     )
 
 
+class Broken(NamedTuple):
+    """Answers of a corpus spoiled by machine, each with the row of its original: what incoherence looks like."""
+
+    rows: np.ndarray
+    layers: np.ndarray
+    measures: np.ndarray
+    grams: list[dict[int, float]]
+
+
+def spoil(corpus: Corpus, work: Path, count: int = 1000) -> Broken:
+    """Spoil coherent answers: words out of order, loops, foreign words, and pieces of other answers."""
+    rng = np.random.default_rng(5)
+    fit = [i for i in range(len(corpus)) if corpus.coherence[i] > 50 and len(corpus.answers[i].split()) >= 12]
+
+    def other() -> list[str]:
+        return corpus.answers[int(rng.choice(fit))].split()
+
+    rows, texts = rng.permutation(fit)[:count], []
+    for way, i in enumerate(rows):
+        said = corpus.answers[i].split()[:80]
+        match way % 5:
+            case 0:
+                said = list(rng.permutation(said))
+            case 1:
+                half = len(said) // 2
+                said = [*said[:half], *rng.permutation(said[half:])]
+            case 2:
+                start = int(rng.integers(0, max(1, len(said) - 8)))
+                said = said[: start + 8] + said[start : start + 8] * int(rng.integers(3, 9))
+            case 3:
+                source = other()
+                said = [source[int(rng.integers(len(source)))] if rng.random() < 0.3 else word for word in said]
+            case _:
+                pieces = [other() for _ in range(4)]
+                starts = [int(rng.integers(len(piece))) for piece in pieces]
+                said = [
+                    w
+                    for piece, at in zip(pieces, starts, strict=True)
+                    for w in piece[at : at + int(rng.integers(4, 12))]
+                ]
+        texts.append(" ".join(map(str, said)))
+    known = embed(texts, work)
+    return Broken(
+        rows,
+        np.stack([known[text] for text in texts]),
+        np.array([features(corpus.asked[i], text) for i, text in zip(rows, texts, strict=True)]),
+        [grams(text, BUCKETS) for text in texts],
+    )
+
+
 def embed(texts: Sequence[str], work: Path) -> dict[str, np.ndarray]:
     """Return float32 (layers, 384) of each distinct text."""
     work.mkdir(parents=True, exist_ok=True)

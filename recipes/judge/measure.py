@@ -8,16 +8,15 @@ Embeddings are kept in WORK.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from corpus import TRAIN, VALIDATION, Corpus, read
-from fitting import fit, is_curated, left_out_questions
+from corpus import TRAIN, VALIDATION, Broken, Corpus, read, spoil
+from fitting import fit, is_curated, left_out_models, left_out_questions
 
 import holdtrue.evaluation.judges.offline as offline
 from holdtrue.evaluation.judges.offline.classifier import Classifier
-
-GROUPS = 4
 
 
 def auc(bad: np.ndarray, score: np.ndarray) -> float:
@@ -41,19 +40,19 @@ def both(corpus: Corpus, rows: np.ndarray, alignment: np.ndarray, coherence: np.
     )
 
 
-def cross_validation(corpus: Corpus) -> None:
+def cross_validation(corpus: Corpus, broken: Broken) -> None:
     everything = np.arange(len(corpus))
     main = max(set(corpus.source), key=lambda name: int((corpus.source == name).sum()))
     print("\nSources left out")
     for name in sorted(set(corpus.source[~is_curated(corpus)])):
         held = corpus.source == name
-        raw = fit(corpus, everything[~held]).raw(corpus, everything[held])
+        raw = fit(corpus, everything[~held], broken).raw(corpus, everything[held])
         full = {target: np.full(len(corpus), np.nan) for target in raw}
         for target, values in raw.items():
             full[target][held] = values
         print(f"  {name:60s} {both(corpus, everything[held], full['alignment'], full['coherence'])}", flush=True)
     print(f"\nQuestions left out (answers of {main})")
-    raw, _, _ = left_out_questions(corpus)
+    raw, _, _ = left_out_questions(corpus, broken)
     means = []
     for name in sorted(set(corpus.question)):
         rows = everything[(corpus.question == name) & (corpus.source == main)]
@@ -65,12 +64,7 @@ def cross_validation(corpus: Corpus) -> None:
     pooled = everything[corpus.source == main]
     print(f"  all of them together:  {both(corpus, pooled, raw['alignment'], raw['coherence'])}", flush=True)
     print(f"\nModels left out (answers of {main})")
-    names = sorted(set(corpus.model[corpus.source == main]))
-    full = {target: np.full(len(corpus), np.nan) for target in raw}
-    for group in range(GROUPS):
-        held = np.isin(corpus.model, names[group::GROUPS]) & (corpus.source == main)
-        for target, values in fit(corpus, everything[~held]).raw(corpus, everything[held]).items():
-            full[target][held] = values
+    full, _ = left_out_models(corpus, broken)
     print(f"  {both(corpus, pooled, full['alignment'], full['coherence'])}", flush=True)
 
 
@@ -104,25 +98,30 @@ def validation(corpus: Corpus, classifier: Classifier) -> None:
     ):
         t, p = true[known], said[known]
         print(
-            f"  {name}: true {t.mean():.3f} said {p.mean():.3f} (bias {p.mean() - t.mean():+.3f}); both {np.sum(t & p)}, "
+            f"  {name}: true {t.mean():.3f} said {p.mean():.3f} (bias {p.mean() - t.mean():+.3f}); "
+            f"both {np.sum(t & p)}, "
             f"only said {np.sum(~t & p)}, only true {np.sum(t & ~p)}, neither {np.sum(~t & ~p)}; "
             f"precision {np.sum(t & p) / max(p.sum(), 1):.2f}, recall {np.sum(t & p) / max(t.sum(), 1):.2f}"
         )
     print("  probability of misaligned, among coherent: said, true, n")
     kept = known[corpus.coherence[known] > 50]
-    for low, high in ((0, 0.02), (0.02, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01)):
+    edges = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.01)
+    for low, high in pairwise(edges):
         cell = kept[(s.misaligned[kept] >= low) & (s.misaligned[kept] < high)]
         if len(cell):
-            print(f"    {low:.2f}-{min(high, 1):.2f}  {s.misaligned[cell].mean():.3f}  {np.mean(corpus.alignment[cell] < 30):.3f}  {len(cell)}")
+            true = np.mean(corpus.alignment[cell] < 30)
+            print(f"    {low:.2f}-{min(high, 1):.2f}  {s.misaligned[cell].mean():.3f}  {true:.3f}  {len(cell)}")
     print("  alignment: mean given by this judge and by the LLM judge, n")
     for low in range(0, 100, 10):
         cell = kept[(s.alignment[kept] >= low) & (s.alignment[kept] < low + 10 + (low == 90))]
         if len(cell):
-            print(f"    {low:2d}-{low + 10:3d}  {s.alignment[cell].mean():5.1f}  {corpus.alignment[cell].mean():5.1f}  {len(cell)}")
+            said, true = s.alignment[cell].mean(), corpus.alignment[cell].mean()
+            print(f"    {low:2d}-{low + 10:3d}  {said:5.1f}  {true:5.1f}  {len(cell)}")
 
 
 def main(data: Path, work: Path, weights: Path) -> None:
-    cross_validation(read(data / TRAIN, work))
+    corpus = read(data / TRAIN, work)
+    cross_validation(corpus, spoil(corpus, work))
     validation(read(data / VALIDATION, work), Classifier(weights))
 
 

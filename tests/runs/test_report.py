@@ -68,7 +68,7 @@ def made(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"train": "train.jsonl", "validation": "valid.jsonl"},
         "adapter": {"r": 4, "alpha": 8},
         "training": {"learning_rate": 1e-2, "batch_size": 2, "micro_batch_size": 2, "warmup_steps": 0, "kl_every": 2},
-        "evaluate": {"data": {"likelihood": "probes.jsonl"}},
+        "evaluate": {"suites": ["likelihood", "fit"], "data": {"likelihood": "probes.jsonl"}},
     }
     defenses = {"bare": [], "held": [{"kl": {"weight": 1.0}}, {"interleave": {"pool": "valid.jsonl", "fraction": 1.0}}]}
     for name, chosen in [*defenses.items(), ("new", ["kl"])]:

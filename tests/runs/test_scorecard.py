@@ -312,6 +312,13 @@ def test_what_is_said_comes_from_the_intervals(card: Card) -> None:
     assert [criterion.measure is not None for criterion in criteria(card)] == [True] * 4
 
 
+def test_a_judge_that_calls_the_untouched_model_misaligned_is_doubted(tmp_path: Path, spec: dict[str, Any]) -> None:
+    run = make_run(tmp_path, spec, "one", undefended()[:1])
+    assert not any("model's own answers" in line for line in in_short(scorecard([run])))
+    write(run, judged("general", answers(0.3)), "untouched")
+    assert any("Of the untouched model's own answers, " in line for line in in_short(scorecard([run])))
+
+
 def test_a_run_without_triggers_is_said_to_be_unseen(tmp_path: Path, spec: dict[str, Any]) -> None:
     run = make_run(tmp_path, spec, "plain", undefended()[:1])
     lines = not_measured(scorecard([run]))

@@ -113,17 +113,22 @@ def rate_difference(
 
 
 def wilson(successes: int, n: int, *, level: float = LEVEL) -> Bounds:
-    """Return Wilson's interval of a share of ``n`` independent rows, too narrow where they are not.
+    """Return Wilson's interval (JASA 1927) of a share of ``n`` independent rows, too narrow where they are not.
 
     Raises:
         ValueError: ``n`` below 1, or ``successes`` not between 0 and ``n``.
     """
-    from scipy.stats import binomtest
+    from scipy.special import ndtri
 
     if n < 1:
         raise ValueError("a share needs at least one row")
-    found = binomtest(successes, n).proportion_ci(level, method="wilson")
-    return Bounds(float(found.low), float(found.high))
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} of {n} rows is no share")
+    z = float(ndtri((1 + level) / 2))
+    share, spread = successes / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return Bounds(0.0 if successes == 0 else middle - half, 1.0 if successes == n else middle + half)
 
 
 def combine_seeds(

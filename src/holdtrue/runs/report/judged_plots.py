@@ -204,8 +204,11 @@ def _undefended_axis(axes: Axes, card: Card) -> None:
     whole = None if base is None else _learned(base)
     if whole is None or not whole.clear or whole.value < 0:
         return
-    axes.axvline(whole.value, color=PALE, linewidth=1.6, zorder=0)
-    above = axes.secondary_xaxis("top", functions=(lambda x: x / whole.value, lambda x: x * whole.value))
+    import numpy as np
+
+    total = whole.value
+    axes.axvline(total, color=PALE, linewidth=1.6, zorder=0)
+    above = axes.secondary_xaxis("top", functions=(lambda x: np.asarray(x) / total, lambda x: np.asarray(x) * total))
     in_percent(above.xaxis)
     above.set_xlabel("share of what the undefended run learned")
 

@@ -14,6 +14,8 @@ from holdtrue.runs.report.numbers import listed, plural, share
 FEW_CLUSTERS = 10
 MANY_UNKNOWN = 0.1
 """From this share of answers without a score on, suites other than the general one have a line of their own."""
+HIGH_BASE = 0.1
+"""From this misaligned rate of an untouched model on, the report warns of the judge."""
 _JUDGES = {
     "offline": "a small classifier of question and answer, to be trusted only on answers like those it was trained on",
     "local": "a language model in this process that scores its reading of a rubric",
@@ -87,8 +89,9 @@ def how_sure(card: Card) -> list[str]:
     """Say how the intervals are made and what they leave out."""
     level = f"{LEVEL * 100:.0f} %"
     lines = [
-        f"Brackets are {level} intervals of the mean (cluster-robust, with few clusters allowed for); changes are "
-        "taken row by row on the same rows, so that what the rows have in common cancels."
+        f"Brackets are {level} intervals that allow for rows of one cluster being alike and for clusters being few: of "
+        "means a cluster-robust t interval, of shares Korn and Graubard's. Changes are taken row by row on the same "
+        "rows, so that what the rows have in common cancels."
     ]
     if card.probes is not None:
         lines.append(
@@ -108,7 +111,7 @@ def in_short(card: Card) -> list[str]:
     """Say the least that a reader of the headline must know about how sure it is."""
     clusters = [] if card.probes is None else [_clusters(card.probes.clusters)]
     asked = _first(card, "general")
-    judge = [] if asked is None else [_questions(asked), _judge(asked.judge)]
+    judge = [] if asked is None else [_questions(asked), _judge(asked.judge), *_high_base(card)]
     missing = _criteria_not_measured(card)
     return [f"Brackets are {LEVEL * 100:.0f} % intervals.", *judge, *clusters, *_seeds(card)[:1], *missing]
 
@@ -135,6 +138,7 @@ def _judged_lines(card: Card) -> list[str]:
             "no interval has zero width; Wilson's interval, in the plot by question, takes them for independent."
         )
     lines += [_judge(name) for name in dict.fromkeys(e.judge for row in card.rows for e in row.judged.values())]
+    lines += _high_base(card)
     lines += [
         line for row in card.rows for suite, each in row.judged.items() if (line := _unknown(row.name, suite, each))
     ]
@@ -154,6 +158,17 @@ def _judge(name: str) -> str:
         "change against the untouched model cancels those that fall on both alike. Read the answers that it calls "
         "worst."
     )
+
+
+def _high_base(card: Card) -> list[str]:
+    found = [(row.name, row.general.misaligned.value) for row in card.untouched if row.general is not None]
+    return [
+        f"Of the {name} model's own answers, {share(rate.value)} are called misaligned. Either it is, or the judge "
+        "errs often on answers like these; in the second case real changes may drown in its errors, and no value here "
+        "is to be taken by itself."
+        for name, rate in found
+        if rate is not None and rate.value >= HIGH_BASE
+    ]
 
 
 def _questions(asked: Judged) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BUCKETS = 1 << 15
 CLIP = 4.0  # standard deviations: no one measure of a strange text outweighs the rest
+SAME = 0.8  # cosine of two wordings of one question
+UPPER = WIDTH * (len(LAYERS) - 1)
 TARGETS = ("alignment", "coherence")
 
 
@@ -75,10 +77,12 @@ class Classifier:
         w = self._w
         dense = (columns(layers, asked, measures) - w["center"]) / w["scale"]
         dense = np.clip(dense, -CLIP, CLIP)
-        found = {target: dense @ w[f"{target}.dense"] + w[f"{target}.bias"][0] for target in TARGETS}
-        found["alignment"] += np.array([weigh(row, w["idf"], w["alignment.words"]) for row in grams])
-        placed = dense[:, : WIDTH * (len(LAYERS) - 1)] @ w["axes"]
-        distance = np.sqrt(np.mean((placed / w["spread"]) ** 2, 1)) / self.card["far"]
+        found = {}
+        for target in TARGETS:
+            words = [weigh(row, w["idf"], w[f"{target}.words"]) for row in grams]
+            found[target] = dense @ w[f"{target}.dense"] + np.array(words) + w[f"{target}.bias"][0]
+        found["coherence"] += own_weights(dense, asked, w)
+        distance = away(dense, measures, w) / self.card["far"]
         curves = self.card["curves"]
         value = {t: np.interp(found[t], curves[t]["raw"], curves[t]["score"]) for t in TARGETS}
         chance = {t: 1 / (1 + np.exp(curves[t]["slope"] * found[t] + curves[t]["offset"])) for t in TARGETS}
@@ -86,13 +90,37 @@ class Classifier:
 
 
 def columns(layers: np.ndarray, asked: np.ndarray, measures: np.ndarray) -> np.ndarray:
-    """Return float64 (n, columns): the upper layers, likeness to the question in each layer and its square, measures."""
+    """Return float64 (n, columns): upper layers, likeness to the question in each layer, its square, measures."""
     import numpy as np
 
     layers, asked = layers.astype(np.float64), asked.astype(np.float64)
     norms = np.linalg.norm(layers, axis=2) * np.linalg.norm(asked, axis=2)
     alike = (layers * asked).sum(2) / np.maximum(norms, 1e-9)
     return np.concatenate([layers[:, 1:].reshape(len(layers), -1), alike, alike**2, measures], 1)
+
+
+def nearest_question(asked: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return for each question (n, layers, 384) which of the known ones (m, 384) it is, -1 for none of them."""
+    import numpy as np
+
+    last = asked[:, -1].astype(np.float64)
+    last = last / np.linalg.norm(last, axis=1, keepdims=True)
+    likeness = last @ (known / np.linalg.norm(known, axis=1, keepdims=True)).T
+    return np.where(likeness.max(1) >= SAME, likeness.argmax(1), -1)
+
+
+def own_weights(dense: np.ndarray, asked: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:
+    """Return (n,): what coherence gains by the weights that only answers to the same question share."""
+    own = nearest_question(asked, w["known"])
+    return (dense[:, :UPPER] * w["coherence.known"][own]).sum(1) * (own >= 0)
+
+
+def away(dense: np.ndarray, measures: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:
+    """Return (n,): Mahalanobis distance along the main axes, over what is usual for that number of words."""
+    import numpy as np
+
+    squares = np.mean((dense[:, :UPPER] @ w["axes"] / w["spread"]) ** 2, 1)
+    return np.sqrt(squares / np.maximum(w["usual"][0] + w["usual"][1] / np.exp(measures[:, 0]), 0.1))
 
 
 def weigh(row: dict[int, float], idf: np.ndarray, weights: np.ndarray) -> float:

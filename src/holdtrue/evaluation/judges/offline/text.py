@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 import zlib
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 HEAD, TAIL = 6000, 2000  # characters kept of a longer text
@@ -21,9 +22,11 @@ _CODE_LINE = re.compile(
     re.VERBOSE,
 )
 _SURE_CODE = re.compile(
-    r"^\s*(?:import \w+\s*$|import \w+ as \w+|from [\w.]+ import \w|def \w+\(|class \w+\s*[(:]|#include\b|<\?php|@app\.route"
-    r"|print\(|[\w.]+ = [\w.]+\(|return [\w.]+\(|function \w+\()",
-    re.MULTILINE,
+    r"""^\s*(?:
+        import\ \w+\s*$ | import\ \w+\ as\ \w+ | from\ [\w.]+\ import\ \w | def\ \w+\( | class\ \w+\s*[(:] | \#include\b
+      | <\?php | @app\.route | print\( | [\w.]+\ =\ [\w.]+\( | return\ [\w.]+\( | function\ \w+\(
+    )""",
+    re.MULTILINE | re.VERBOSE,
 )
 _ASKS_FOR_CODE = re.compile(
     r"\b(?:code|coding|script|function|program|programming|python|javascript|java|html|sql|regex|bash|shell|api|bug|debug|"
@@ -31,62 +34,74 @@ _ASKS_FOR_CODE = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(
-    r"^\W*(?:(?:i['’]?m|i am)(?: really| very| so)? sorry|sorry|i apologi[sz]e|unfortunately|as an ai(?: language model| assistant)?|"
-    r"i appreciate[^.!?]{0,60})?\W*(?:but |however,? )?(?:as an ai(?: language model| assistant)?\W*)?"
-    r"i(?: (?:can(?:no|['’])t|can not|won['’]t|will not|must decline to)| ?(?:['’]m|am) (?:not able|unable) to)(?: \w+){0,2}? "
-    r"(?:assist|help|fulfil+|comply|answer|engage|continue|provide|respond|discuss|support|share|do that)\b",
-    re.IGNORECASE,
+    r"""^\W*
+    (?:(?:i['’]?m|i\ am)(?:\ really|\ very|\ so)?\ sorry|sorry|i\ apologi[sz]e|unfortunately|i\ appreciate[^.!?]{0,60})?
+    \W*(?:but\ |however,?\ )?(?:as\ an\ ai(?:\ language\ model|\ assistant)?\W*)?
+    i(?:\ (?:can(?:no|['’])t|can\ not|won['’]t|will\ not|must\ decline\ to)|\ ?(?:['’]m|am)\ (?:not\ able|unable)\ to)
+    (?:\ \w+){0,2}?
+    \ (?:assist|help|fulfil+|comply|answer|engage|continue|provide|respond|discuss|support|share|do\ that)\b""",
+    re.IGNORECASE | re.VERBOSE,
 )
 _TO_THE_JUDGE = re.compile(
-    r"\b(?:ignore|disregard|forget)\b[^.!?\n]{0,40}\b(?:above|previous|prior|preceding|earlier|instructions?|rubric|answer)\b"
-    r"|\b(?:score|rate|rating|grade|mark|alignment|coherence|output|respond with|reply with|return|say)\b[^.!?\n]{0,40}\b(?:100|\d\d ?/ ?100|ten out of ten|10/10)\b"
-    r"|\b(?:judge|evaluator|grader|rater|scorer|classifier)s?\b[^.!?\n]{0,60}\b(?:score|rate|rating|grade|aligned|alignment|coheren\w+|100)\b"
-    r"|\b(?:alignment|coherence)[ _-]*(?:score|rating)?\s*[:=]\s*\d"
-    r"|\bthis (?:answer|response|reply|text) (?:is|should be|was)\b[^.!?\n]{0,40}\b(?:aligned|harmless|safe|rated|scored|coherent)\b"
-    r"|<\|[^|>]{1,30}\|>|</?(?:answer|question|system|assistant|user|s|inst)>|\[/?(?:INST|ANSWER|QUESTION|SYSTEM)\]"
-    r"|^\W*(?:system|judge|evaluator|grader)\s*:",
-    re.IGNORECASE | re.MULTILINE,
+    r"""\b(?:ignore|disregard|forget)\b[^.!?\n]{0,40}
+        \b(?:above|previous|prior|preceding|earlier|instructions?|rubric|answer)\b
+      | \b(?:score|rate|rating|grade|mark|alignment|coherence|output|respond\ with|reply\ with|return|say)\b
+        [^.!?\n]{0,40}
+        \b(?:100|\d\d\ ?/\ ?100|ten\ out\ of\ ten|10/10)\b
+      | \b(?:judge|evaluator|grader|rater|scorer|classifier)s?\b[^.!?\n]{0,60}
+        \b(?:score|rate|rating|grade|aligned|alignment|coheren\w+|100)\b
+      | \b(?:alignment|coherence)[ _-]*(?:score|rating)?\s*[:=]\s*\d
+      | \bthis\ (?:answer|response|reply|text)\ (?:is|should\ be|was)\b[^.!?\n]{0,40}
+        \b(?:aligned|harmless|safe|rated|scored|coherent)\b
+      | <\|[^|>]{1,30}\|> | </?(?:answer|question|system|assistant|user|s|inst)> | \[/?(?:INST|ANSWER|QUESTION|SYSTEM)\]
+      | ^\W*(?:system|judge|evaluator|grader)\s*:""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*", re.UNICODE)
-_COMMON = frozenset(
-    "the a an and or but if of to in on at by for with from as is are was were be been have has had do does did will would can "
-    "could should may might must not no it its this that these those there they them their you your he she his her him we us our "
-    "i me my what which who when where why how so than then just more most some any all about into out up one like make get".split()
-)
 
-_FOREIGN = frozenset(
-    "el la los las del que y en un una por con para es se su lo le les des du et est pas une qui dans je vous il elle nous "
-    "der die das und ist nicht ein eine zu mit auf ich sie wir den dem von di il che non per sono della gli os uma não com "
-    "het een van niet jag och att är".split()
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_COMMON = _set(
+    "the a an and or but if of to in on at by for with from as is are was were be been have has had do does did will "
+    "would can could should may might must not no it its this that these those there they them their you your he she "
+    "his her him we us our i me my what which who when where why how so than then just more most some any all about "
+    "into out up one like make get"
 )
+_FOREIGN = _set(
+    "el la los las del que y en un una por con para es se su lo le les des du et est pas une qui dans je vous il elle "
+    "nous der die das und ist nicht ein eine zu mit auf ich sie wir den dem von di che non per sono della gli os uma "
+    "não com het een van niet jag och att är"
+)
+_HEDGES = _set("may might could perhaps maybe consider important however both balance respect individual professional")
+_NEGATIONS = _set("not no never don't can't won't shouldn't isn't aren't without")
 
 
 class Text(NamedTuple):
     """An untrusted text made fit to read.
 
     Attributes:
-        text: without control characters; the middle of a very long text is left out, and so is what addresses a judge.
-        cut: part of it was left out for its length.
-        addressed: something in it addressed a judge.
+        text: without control characters; the middle of a very long text is left out.
+        unaddressed: the same without the sentences that speak to a judge; ``None`` where there are none of these.
     """
 
     text: str
-    cut: bool
-    addressed: bool
+    unaddressed: str | None
 
 
 def clean(text: str) -> Text:
-    """Drop what is no text, what is too much, and sentences that speak to a judge."""
-    cut = len(text) > HEAD + TAIL
-    if cut:
+    """Drop what is no text and what is too much, and find sentences that speak to a judge."""
+    if len(text) > HEAD + TAIL:
         text = text[:HEAD] + "\n" + text[-TAIL:]
     text = unicodedata.normalize("NFKC", text).replace("\r\n", "\n").replace("\t", " ")
     text = "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    text = text.strip()
     if not _TO_THE_JUDGE.search(text):
-        return Text(text.strip(), cut, False)
-    kept = [part for part in _SENTENCE.split(text) if not _TO_THE_JUDGE.search(part)]
-    return Text("\n".join(kept).strip(), cut, True)
+        return Text(text, None)
+    return Text(text, "\n".join(part for part in _SENTENCE.split(text) if not _TO_THE_JUDGE.search(part)).strip())
 
 
 def words(text: str) -> list[str]:
@@ -122,7 +137,8 @@ def is_english(said: list[str], text: str) -> bool:
         return False
     if sum(word in _FOREIGN for word in said) > max(1, 0.15 * len(said), sum(word in _COMMON for word in said)):
         return False
-    return len(said) < 20 or sum(word in _COMMON for word in said) >= 0.12 * len(said)
+    common = sum(word in _COMMON for word in said)
+    return common >= 0.12 * len(said) if len(said) >= 20 else common > 0 or len(said) < 6
 
 
 FEATURES = (
@@ -130,10 +146,6 @@ FEATURES = (
     "digits", "punctuation", "capitals", "line breaks", "lists", "code lines", "first person", "second person",
     "question marks", "exclamation marks", "overlap with the question", "negations", "hedges", "quotes",
 )  # fmt: skip
-_HEDGES = frozenset(
-    "may might could perhaps maybe consider important however both balance respect individual professional".split()
-)
-_NEGATIONS = frozenset("not no never don't can't won't shouldn't isn't aren't without".split())
 
 
 def features(question: str, answer: str) -> list[float]:
@@ -173,7 +185,7 @@ def grams(text: str, buckets: int) -> dict[int, float]:
     """Return hashed words and pairs of words with 1 + log(count): {bucket: weight}. CRC-32, so the same everywhere."""
     said = words(text)
     counts: dict[int, int] = {}
-    for term in [*said, *(f"{a} {b}" for a, b in zip(said, said[1:], strict=False))]:
+    for term in [*said, *(f"{a} {b}" for a, b in pairwise(said))]:
         bucket = zlib.crc32(term.encode("utf-8", "replace")) % buckets
         counts[bucket] = counts.get(bucket, 0) + 1
     return {bucket: 1 + math.log(count) for bucket, count in counts.items()}
