@@ -26,3 +26,7 @@ run safelora --set "defenses=[{safelora: {aligned: $PWD/$out/medical-good, unali
 run interleave-5 --set 'defenses=[{interleave: {fraction: 0.05}}]'
 run kl-3.0 --set 'defenses=[{kl: {weight: 3.0, tokens: response}}]'
 run ldifs-10 --set 'defenses=[{ldifs: {weight: 10.0}}]'
+
+for name in undefended kl-1.0 ldifs-10; do # sampled answers, two to each prompt
+    $holdtrue eval "$out/$name" --suite general --suite conditional --suite in_domain --samples 2 --json > /dev/null
+done
