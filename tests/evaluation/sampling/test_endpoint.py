@@ -226,6 +226,13 @@ def test_limits_and_failures_that_do_not_pass(
     assert len(server.asked) == 1 + 3
 
 
+@pytest.mark.parametrize("filler", [*range(160, 220, 7), *range(270, 310, 7)])
+def test_no_part_of_the_key_is_left_where_a_text_is_cut(server: Server, filler: int) -> None:
+    server.reply = lambda _, __: (200, "text/html", f"{'x' * filler}{KEY}")
+    _, text = fault(server, concurrency=1)
+    assert KEY[:5] not in text
+
+
 def test_an_endpoint_that_is_slow(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "RETRIES", 0)
     server.delay = 5

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import queue
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from holdtrue.errors import BudgetError, RunError, SpecError
+from holdtrue.evaluation.endpoint import NO_KEY, FaultError, arriving, shown_url
 from holdtrue.evaluation.judges.budget import Budget, Estimate, Meter, Prices, Use
-from holdtrue.evaluation.judges.completion import Completion, FaultError, complete, shown_url
+from holdtrue.evaluation.judges.completion import Completion, complete
 from holdtrue.evaluation.judges.port import Exchange, Verdict
 from holdtrue.evaluation.judges.reading import UNHEARD, Reading, first_word, verdict
 from holdtrue.evaluation.judges.rubric import ASPECTS, RUBRIC_VERSION, rubric_prompt
@@ -117,32 +118,20 @@ class OpenAIJudge:
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[list[Judged]]:
         """See :class:`~holdtrue.evaluation.judges.port.Judge`. An empty answer is unknown, and not asked about."""
-        from anyio.from_thread import start_blocking_portal
-
         empty = [(index, UNHEARD) for index, exchange in enumerate(exchanges) if not exchange.answer.strip()]
         if empty:
             yield empty
         if len(empty) == len(exchanges):
             return
-        results: queue.SimpleQueue[Judged | None] = queue.SimpleQueue()
-        # Its own thread and event loop, so that it works where a loop is running already, as in a notebook.
-        with start_blocking_portal() as portal:
-            future = portal.start_task_soon(self._judge_all, exchanges, results.put)
-            future.add_done_callback(lambda _: results.put(None))
-            try:
-                while (first := results.get()) is not None:
-                    yield [first]
-                future.result()
-            finally:
-                future.cancel()
+        for judged in arriving(partial(self._judge_all, exchanges)):
+            yield [judged]
 
     async def _judge_all(self, exchanges: Sequence[Exchange], put: Callable[[Judged], None]) -> None:
         from aiolimiter import AsyncLimiter
         from openai import AsyncOpenAI
 
         client = AsyncOpenAI(
-            # Endpoints without keys ignore it, but the library wants one.
-            api_key=self._api_key or "no key",
+            api_key=self._api_key or NO_KEY,
             base_url=self._base_url,
             timeout=self._timeout,
             max_retries=self._max_retries,
@@ -247,7 +236,7 @@ class OpenAIJudge:
             if self._way.exact:
                 found = await ask(text, max_tokens=1, temperature=0, logprobs=True, top_logprobs=20, **self._seed(0))
                 if found.first is None:
-                    raise FaultError("a reply without log-probabilities, where earlier ones had them", billed=True)
+                    raise FaultError("a reply without log-probabilities, where earlier ones had them")
                 return Reading.of(found.first)
             replies = await asyncio.gather(
                 *(
@@ -256,7 +245,7 @@ class OpenAIJudge:
                 )
             )
         except ValueError as error:
-            raise FaultError(f"log-probabilities that make no sense: {error}", billed=True) from None
+            raise FaultError(f"log-probabilities that make no sense: {error}") from None
         return Reading.of((first_word(reply.text), 1 / self._samples) for reply in replies)
 
     def _seed(self, seed: int) -> dict[str, int]:
