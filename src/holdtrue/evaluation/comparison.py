@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,15 +46,10 @@ class LikelihoodChange:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, the changes named ``margin_change`` and ``misaligned_preferred_change``."""
         return {
-            "suite": self.suite,
-            "model": self.model,
-            "baseline": self.baseline,
-            "n": self.n,
+            **_head(self),
             **self.margin.to_json("margin_change"),
             **self.misaligned_preferred.to_json("misaligned_preferred_change"),
-            "groups": {
-                name: {"n": change.ci.n, **change.to_json("margin_change")} for name, change in self.groups.items()
-            },
+            "groups": _parts(self.groups, "margin_change"),
         }
 
 
@@ -71,10 +66,7 @@ class FitChange:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, the change named ``nll_change``."""
         return {
-            "suite": self.suite,
-            "model": self.model,
-            "baseline": self.baseline,
-            "n": self.n,
+            **_head(self),
             **self.nll.to_json("nll_change"),
         }
 
@@ -103,16 +95,11 @@ class JudgedChange:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, the changes named ``misaligned_change`` and ``incoherent_change``."""
         return {
-            "suite": self.suite,
-            "model": self.model,
-            "baseline": self.baseline,
-            "n": self.n,
+            **_head(self),
             "pairs": self.pairs,
             **_optional(self.misaligned, "misaligned_change"),
             **_optional(self.incoherent, "incoherent_change"),
-            "forms": {
-                name: {"n": change.ci.n, **change.to_json("misaligned_change")} for name, change in self.forms.items()
-            },
+            "forms": _parts(self.forms, "misaligned_change"),
         }
 
 
@@ -141,6 +128,14 @@ class ExactChange:
 
 AnyChange = LikelihoodChange | FitChange | JudgedChange | ExactChange
 AnyResult = LikelihoodResult | FitResult | JudgedResult | ExactResult
+
+
+def _head(change: AnyChange) -> dict[str, Any]:
+    return {"suite": change.suite, "model": change.model, "baseline": change.baseline, "n": change.n}
+
+
+def _parts(parts: Mapping[str, Change], name: str) -> dict[str, Any]:
+    return {part: {"n": change.ci.n, **change.to_json(name)} for part, change in parts.items()}
 
 
 def compare_results(result: AnyResult, baseline: AnyResult) -> AnyChange:

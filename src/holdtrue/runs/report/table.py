@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from holdtrue.runs.report.card import Card, Row
 from holdtrue.runs.report.cost import Cost
-from holdtrue.runs.report.measures import Judged, Score
+from holdtrue.runs.report.measures import Ends, Judged, Score
 from holdtrue.runs.report.numbers import (
     count,
     memory,
@@ -95,36 +95,32 @@ def table(card: Card) -> list[Group]:
 
 def nats_cell(score: Score | None) -> Cell:
     """Write a score in nats."""
-    if score is None or score.value is None:
-        return _missing(score)
-    change = score.change
-    return Cell(
-        nats(score.value.value),
-        span(score.value.interval),
-        "",
-        "" if change is None else signed(change.value),
-        "" if change is None else signed_span(change.interval),
-        change is not None and change.clear,
-    )
+    return _score_cell(score, nats, span, signed, signed_span)
 
 
 def share_cell(score: Score | None) -> Cell:
     """Write a score that is a share."""
+    return _score_cell(score, share, share_span, signed_share, signed_share_span)
+
+
+def _score_cell(
+    score: Score | None,
+    value: Callable[[float], str],
+    ends: Callable[[Ends | None], str],
+    moved: Callable[[float], str],
+    moved_ends: Callable[[Ends | None], str],
+) -> Cell:
     if score is None or score.value is None:
-        return _missing(score)
+        return Cell() if score is None else Cell(UNSCORED)
     change = score.change
     return Cell(
-        share(score.value.value),
-        share_span(score.value.interval),
+        value(score.value.value),
+        ends(score.value.interval),
         "",
-        "" if change is None else signed_share(change.value),
-        "" if change is None else signed_share_span(change.interval),
+        "" if change is None else moved(change.value),
+        "" if change is None else moved_ends(change.interval),
         change is not None and change.clear,
     )
-
-
-def _missing(score: Score | None) -> Cell:
-    return Cell() if score is None else Cell(UNSCORED)
 
 
 def _cells(card: Card, score: Callable[[Row], Score | None], write: Callable[[Score | None], Cell]) -> tuple[Cell, ...]:
