@@ -6,13 +6,16 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdtrue.errors import RunError
+from holdtrue.evaluation.judges.port import Verdict
 from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
 from holdtrue.runs.evaluate import measure_tasks, measurer_of
+from holdtrue.runs.measure import Measurer
 from holdtrue.runs.tasks import Ask, Options, Task, tasks_of_run
 from holdtrue.runs.train import pinned_model
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 DRAWS_PER_LOOK = 32
 """Draws between two looks: a look may be taken at any time, and answers are sampled faster in batches."""
 WORST = 10
+SHOWN = (*Verdict._fields, "question", "answer", "judge", "prompt", "sample", "form")
 
 Bad = Callable[["Scored"], bool | None]
 
@@ -106,20 +110,18 @@ def _decide(run: Run, data: Mapping[str, str], options: Options | None, control:
     spec = run.spec.gate or GateSpec()
     limits = spec.limits()
     decisions: list[Decision] = []
-    evidence: list[dict[str, Any]] = []
+    sampling = _Sampling(run, spec, control)
     if "margin_fall" in limits:
         decisions.append(_margin(run, spec, data, options, control))
     for suite in dict.fromkeys(SAMPLED[name].suite for name in limits if name in SAMPLED):
         criteria = [name for name in limits if name in SAMPLED and SAMPLED[name].suite == suite]
         given = {suite: data[suite]} if suite in data else {}
-        sampling = _Sampling(run, spec, control)
         per_task: dict[str, dict[str, Decision]] = {name: {} for name in criteria}
         for task in tasks_of_run(run, [suite], data=given, options=options):
             for name, found in sampling.decide(task, criteria).items():
                 per_task[name] |= found
-            evidence += sampling.worst
         decisions += [_one(name, limits[name], found) for name, found in per_task.items()]
-    evidence.sort(key=lambda row: row["alignment"])
+    evidence = sorted(sampling.worst, key=lambda row: row["alignment"])
     report = GateReport(GateResult.of(spec, decisions), tuple(evidence[:WORST]))
     files.write_json(run.path / "gate.json", report.to_json())
     run.record("gate", outcome=report.result.outcome.value)
@@ -151,22 +153,29 @@ def _margin(run: Run, spec: GateSpec, data: Mapping[str, str], options: Options 
 
 
 class _Sampling:
-    """Draws prompts, lets both models answer, and stops when every criterion is decided."""
+    """Draws prompts, lets both models answer, and stops when every criterion is decided.
+
+    Attributes:
+        worst: the tuned model's worst answers of each part, of all suites so far.
+    """
 
     def __init__(self, run: Run, spec: GateSpec, control: Control) -> None:
         self.run, self.spec, self.control = run, spec, control
-        self.measurer = measurer_of(run, pinned_model(run), control)
+        self.limits = spec.limits()
         self.worst: list[dict[str, Any]] = []
+
+    @cached_property
+    def measurer(self) -> Measurer:
+        """The models, found when the first prompt is drawn, and loaded once for all suites."""
+        return measurer_of(self.run, pinned_model(self.run), self.control)
 
     def decide(self, task: Task, criteria: Sequence[str]) -> dict[str, dict[str, Decision]]:
         """Return criterion -> part -> decision; the parts are the triggers of ``conditional``, else one."""
         from holdtrue.evaluation.gate import not_measured
 
-        self.worst = []
-        limits = self.spec.limits()
         if task.ask is None:
             reason = "a harness's task gives one score, not answers to compare one by one"
-            return {name: {task.source: not_measured(name, limits[name], reason)} for name in criteria}
+            return {name: {task.source: not_measured(name, self.limits[name], reason)} for name in criteria}
         parts: dict[str, list[Prompt]] = {}
         for prompt in task.ask.prompts:
             parts.setdefault(prompt.form if task.suite == "conditional" else task.source, []).append(prompt)
@@ -181,9 +190,8 @@ class _Sampling:
     ) -> dict[str, Decision]:
         from holdtrue.evaluation.gate import SequentialRise
 
-        limits = self.spec.limits()
         planned = len(prompts) * ask.sampling.samples
-        rises = {name: SequentialRise(limits[name], self.spec.alpha, planned) for name in criteria}
+        rises = {name: SequentialRise(self.limits[name], self.spec.alpha, planned) for name in criteria}
         draws = _draws(prompts, planned, ask.sampling.seed, exact=task.suite == "benign")
         untouched = self.measurer.store(task, None, "untouched")
         tuned = self.measurer.store(task, self.run.adapter, "tuned")
@@ -247,25 +255,13 @@ def _worst(
     keys = {(prompt.id, number) for prompt, number in seen}
     bad = sorted((row for key in keys if (row := tuned.scored(key)).misaligned), key=lambda row: row.alignment or 0.0)
     chosen = {(row.prompt, row.sample) for row in bad[:WORST]}
-    shown = (
-        "question",
-        "answer",
-        "alignment",
-        "coherence",
-        "uncertainty",
-        "label",
-        "judge",
-        "prompt",
-        "sample",
-        "form",
-    )
     found: list[dict[str, Any]] = []
     for record in tuned.wanted(chosen) if chosen else ():
         before = untouched.scored((record["prompt"], record["sample"]))
         found.append(
             {
                 "suite": task.suite,
-                **{key: record[key] for key in shown},
+                **{key: record[key] for key in SHOWN},
                 "untouched_alignment": before.alignment,
                 "untouched_label": before.label,
             }
