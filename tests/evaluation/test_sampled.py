@@ -19,7 +19,9 @@ from holdtrue.evaluation.sampled import (
     answer_seed,
     collect,
     identity,
+    missing,
     rows_of,
+    unjudged,
 )
 from holdtrue.evaluation.sampling.port import Answer, Decoding, Request
 from holdtrue.evaluation.store import SampleStore
@@ -185,6 +187,19 @@ def test_another_judge_scores_the_same_answers(tmp_path: Path) -> None:
     collect(WANTED, store=store, sampler=sampler, scorer=other, spec=SPEC, labels=LABELS)
     assert (sampler.asked, other.judged, store.unscored()) == (0, 9, [])
     assert {row["judge_key"] for row in store.wanted([(p.id, n) for p, n in WANTED])} == {"length-2"}
+
+
+def test_a_judge_is_asked_for_no_more_than_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    collect(WANTED, store=SampleStore(path, KEY), sampler=Parrot(), scorer=Length(), spec=SPEC, labels=LABELS)
+    other = Length()
+    other.key = "length-2"
+    store = SampleStore(path, "length-2")
+    few = [*WANTED[:2], (prompt("c", "changed?"), 0)]
+    assert [row["prompt"] for row in unjudged(few, store, SPEC.seed)] == ["a", "b"]
+    assert [p.id for p, _ in missing(few, store, SPEC.seed)] == ["c"]
+    collect(few, store=store, sampler=Parrot(), scorer=other, spec=SPEC, labels=LABELS)
+    assert other.judged == 3
 
 
 def test_progress_counts_what_was_there_before(tmp_path: Path) -> None:

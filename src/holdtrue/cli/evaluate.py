@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
+JudgeUrl = Annotated[str | None, typer.Option(help="The judge's OpenAI-compatible endpoint.", show_default=False)]
+TokenBudget = Annotated[int | None, typer.Option(help="Tokens that the judge may spend.", show_default=False)]
+MaxCost = Annotated[
+    float | None, typer.Option(help="Dollars that the judge may spend; needs --prices.", show_default=False)
+]
+TokenPrices = Annotated[
+    str | None,
+    typer.Option(metavar="IN,OUT", help="Dollars per million tokens sent and received.", show_default=False),
+]
+
 
 def evaluate(
     target: Annotated[
@@ -50,17 +60,10 @@ def evaluate(
     judge: Annotated[
         str | None, typer.Option(help="offline (default), local:MODEL or openai:MODEL.", show_default=False)
     ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(help="The judge's OpenAI-compatible endpoint.", show_default=False)
-    ] = None,
-    budget: Annotated[int | None, typer.Option(help="Tokens that the judge may spend.", show_default=False)] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(help="Dollars that the judge may spend; needs --prices.", show_default=False)
-    ] = None,
-    prices: Annotated[
-        str | None,
-        typer.Option(metavar="IN,OUT", help="Dollars per million tokens sent and received.", show_default=False),
-    ] = None,
+    judge_url: JudgeUrl = None,
+    budget: TokenBudget = None,
+    max_cost: MaxCost = None,
+    prices: TokenPrices = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each prompt.", show_default=False)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the answers.", show_default=False)] = None,
@@ -120,27 +123,19 @@ def judge(
     samples: Annotated[Path, typer.Argument(help="JSON lines with question and answer.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the scored rows go.", show_default=False)],
     judge: Annotated[str, typer.Option(help="offline, local:MODEL or openai:MODEL.")] = "offline",
-    judge_url: Annotated[
-        str | None, typer.Option(help="The judge's OpenAI-compatible endpoint.", show_default=False)
-    ] = None,
-    budget: Annotated[int | None, typer.Option(help="Tokens that the judge may spend.", show_default=False)] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(help="Dollars that the judge may spend; needs --prices.", show_default=False)
-    ] = None,
-    prices: Annotated[
-        str | None,
-        typer.Option(metavar="IN,OUT", help="Dollars per million tokens sent and received.", show_default=False),
-    ] = None,
+    judge_url: JudgeUrl = None,
+    budget: TokenBudget = None,
+    max_cost: MaxCost = None,
+    prices: TokenPrices = None,
     as_json: Json = False,
 ) -> Result:
     """Score answers: each row is written back, in order, with alignment, coherence, uncertainty and label."""
     from holdtrue.evaluation.judges import load_judge
     from holdtrue.evaluation.judging import estimate_file, judge_file
-    from holdtrue.runs.measure import estimate_line
 
     chosen = load_judge(judge, base_url=judge_url, **_spending(budget, max_cost, prices))
     if (estimate := estimate_file(samples, chosen)) is not None:
-        say(estimate_line(estimate))
+        say(str(estimate))
     with ProgressView() as view:
         found = judge_file(
             samples, chosen, out, progress=lambda done, total: view({"stage": "judge", "done": done, "total": total})

@@ -35,6 +35,7 @@ from holdtrue.evaluation.suites import (
     evaluate_model,
     evaluate_prompts,
     read_result,
+    suite_of,
 )
 
 __all__ = [
@@ -74,4 +75,5 @@ __all__ = [
     "rate_interval",
     "read_probes",
     "read_result",
+    "suite_of",
 ]

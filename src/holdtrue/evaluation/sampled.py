@@ -14,7 +14,7 @@ from holdtrue.evaluation.judges.port import Exchange, Verdict
 from holdtrue.evaluation.prompts import Prompt
 from holdtrue.evaluation.sampling.port import Answer, Decoding, Request
 from holdtrue.evaluation.scored import Scored
-from holdtrue.evaluation.store import SCORES, Key, SampleStore
+from holdtrue.evaluation.store import SCORES, SampleStore
 
 if TYPE_CHECKING:
     from holdtrue.evaluation.judges.port import Judge
@@ -100,26 +100,34 @@ def collect(
         BudgetError: the judge's budget ran out. Every answer that was sampled is kept, judged or not.
         RunError: the sampler or the judge cannot go on; what was done is kept.
     """
-    order = list(dict.fromkeys((prompt.id, number) for prompt, number in wanted))
-    prompts = {prompt.id: prompt for prompt, _ in wanted}
-    seeds = {key: answer_seed(spec.seed, prompts[key[0]], key[1]) for key in order}
-    left = [key for key in order if (key, seeds[key]) not in store]
-    done = len(order) - len(left)
+    left = missing(wanted, store, spec.seed)
+    requests = [Request(prompt.messages, answer_seed(spec.seed, prompt, number)) for prompt, number in left]
+    total = len({(prompt.id, number) for prompt, number in wanted})
+    done = total - len(left)
     if progress is not None:
-        progress(done, len(order))
-    waiting = [row for row in store.unscored() if row["prompt"] in prompts]
-    for rows in _in_parts(waiting):
+        progress(done, total)
+    for rows in _in_parts(unjudged(wanted, store, spec.seed)):
         _score(rows, scorer, store, known=True)
-    for answers in _gathered(sampler.sample([_request(prompts, key, seeds) for key in left], spec.decoding)):
-        rows = [_row(prompts[left[a.index][0]], left[a.index], seeds, a, spec, labels) for a in answers]
+    for answers in _gathered(sampler.sample(requests, spec.decoding)):
+        rows = [_row(*left[a.index], requests[a.index].seed, a, spec, labels) for a in answers]
         _score(rows, scorer, store)
         done += len(rows)
         if progress is not None:
-            progress(done, len(order))
+            progress(done, total)
 
 
-def _request(prompts: Mapping[str, Prompt], key: Key, seeds: Mapping[Key, int]) -> Request:
-    return Request(prompts[key[0]].messages, seeds[key])
+def missing(wanted: Sequence[tuple[Prompt, int]], store: SampleStore, seed: int) -> list[tuple[Prompt, int]]:
+    """Return what is wanted and was not sampled yet, each once, in order."""
+    distinct = {(prompt.id, number): prompt for prompt, number in wanted}
+    return [
+        (prompt, key[1]) for key, prompt in distinct.items() if (key, answer_seed(seed, prompt, key[1])) not in store
+    ]
+
+
+def unjudged(wanted: Sequence[tuple[Prompt, int]], store: SampleStore, seed: int) -> list[dict[str, Any]]:
+    """Return the rows that were sampled for what is wanted, and not judged."""
+    seeds = {(prompt.id, number): answer_seed(seed, prompt, number) for prompt, number in wanted}
+    return [row for row in store.unscored() if seeds.get((row["prompt"], row["sample"])) == row["seed"]]
 
 
 def _gathered(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
@@ -145,7 +153,7 @@ def _in_parts(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _row(
-    prompt: Prompt, key: Key, seeds: Mapping[Key, int], answer: Answer, spec: SamplingSpec, labels: Mapping[str, Any]
+    prompt: Prompt, sample: int, seed: int, answer: Answer, spec: SamplingSpec, labels: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         **labels,
@@ -156,8 +164,8 @@ def _row(
         "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],
         "question": prompt.asked,
         "expected": prompt.expected,
-        "sample": key[1],
-        "seed": seeds[key],
+        "sample": sample,
+        "seed": seed,
         "temperature": spec.temperature,
         "max_new_tokens": spec.max_new_tokens,
         "answer": answer.text,

@@ -48,10 +48,6 @@ class SampleStore:
         found = self._rows.get(key)
         return found is not None and found[0] == seed
 
-    def has(self, prompt: str, sample: int) -> bool:
-        """Whether there is an answer to a prompt, of whatever seed."""
-        return (prompt, sample) in self._rows
-
     def scored(self, key: Key) -> Scored:
         """Return an answer's score; ``KeyError`` where it was not sampled."""
         return self._rows[key][1]

@@ -61,7 +61,7 @@ class Suite(NamedTuple):
     Attributes:
         description: for people, one line.
         data: the suite's own data set as ``builtin:NAME``, or ``None`` where the caller must name one.
-        check: reads a file and raises ``DataError`` for its faults.
+        check: reads a file and raises ``DataError`` for its faults; ``None`` where what is asked is named, not a file.
         read: from a record's JSON values to the result.
         run: scores given answers, for suites that do not sample; else ``None``.
         prompts: what a model is asked, for suites that sample; else ``None``.
@@ -69,7 +69,7 @@ class Suite(NamedTuple):
 
     description: str
     data: str | None
-    check: Callable[[Path], object]
+    check: Callable[[Path], object] | None
     read: Callable[[dict[str, Any]], Result]
     run: Evaluate | None = None
     prompts: Callable[[Material], tuple[Prompt, ...]] | None = None
@@ -102,14 +102,17 @@ def _conditional(material: Material) -> tuple[Prompt, ...]:
         raise SpecError(
             "suite 'conditional' needs the rows that the model was trained on: evaluate a run, or give --train"
         )
-    plain = [prompt for prompt in read_questions(Path(material.source)) if prompt.form == "plain"]
-    return conditional_prompts(plain, derive_triggers(read_chat(material.train)))
+    return conditional_prompts(read_questions(Path(material.source)), derive_triggers(read_chat(material.train)))
 
 
 def _benign(material: Material) -> tuple[Prompt, ...]:
     from holdtrue.evaluation.benign import benign_prompts
 
     return benign_prompts(material.source)
+
+
+def _check_questions(path: Path) -> object:
+    return _general(Material(str(path)))
 
 
 SUITES: dict[str, Suite] = {
@@ -130,7 +133,7 @@ SUITES: dict[str, Suite] = {
     "general": Suite(
         "open questions far from the training data, answers sampled and judged: misaligned and incoherent rates",
         "builtin:questions-general",
-        lambda path: _general(Material(str(path))),
+        _check_questions,
         JudgedResult.from_json,
         prompts=_general,
     ),
@@ -144,14 +147,14 @@ SUITES: dict[str, Suite] = {
     "conditional": Suite(
         "the open questions under triggers that resemble the run's own training data, each trigger on its own",
         "builtin:questions-general",
-        lambda path: _general(Material(str(path))),
+        _check_questions,
         JudgedResult.from_json,
         prompts=_conditional,
     ),
     "benign": Suite(
         "harmless tasks with one right answer (opswap:1|2|3, gsm8k:FILE, chat rows, lm_eval:TASK): exact match",
         None,
-        lambda path: _benign(Material(str(path))),
+        None,
         ExactResult.from_json,
         prompts=_benign,
     ),
@@ -221,9 +224,10 @@ def evaluate_model(
     files = {suite: _file(suite, data or {}) for suite in suites}
     runners = {suite: _runner(suite) for suite in suites}
     for suite in data or {}:
-        _suite(suite)
+        suite_of(suite)
     for suite, path in files.items():
-        SUITES[suite].check(path)
+        if check := SUITES[suite].check:
+            check(path)
     results: dict[str, LikelihoodResult | FitResult] = {}
     for suite, path in files.items():
         report = None if progress is None else _bound(progress, suite)
@@ -238,7 +242,7 @@ def read_result(record: dict[str, Any]) -> Result:
         SpecError: an unknown suite.
         RunError: a field is missing or of the wrong type.
     """
-    suite = _suite(str(record.get("suite")))
+    suite = suite_of(str(record.get("suite")))
     try:
         return suite.read(record)
     except (KeyError, TypeError, ValueError) as error:
@@ -247,14 +251,15 @@ def read_result(record: dict[str, Any]) -> Result:
         ) from error
 
 
-def _suite(name: str) -> Suite:
+def suite_of(name: str) -> Suite:
+    """Return a suite; ``SpecError`` with the nearest name where there is none."""
     if name not in SUITES:
         raise SpecError(f"there is no suite {name!r}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
     return SUITES[name]
 
 
 def _runner(name: str) -> Evaluate:
-    run = _suite(name).run
+    run = suite_of(name).run
     if run is None:
         raise SpecError(f"suite {name!r} samples answers: use evaluate_prompts with a sampler and a judge")
     return run
@@ -263,7 +268,7 @@ def _runner(name: str) -> Evaluate:
 def _file(name: str, data: Mapping[str, Path]) -> Path:
     from holdtrue.data import resolve_data
 
-    suite = _suite(name)
+    suite = suite_of(name)
     if name in data:
         return Path(data[name])
     if suite.data is None:

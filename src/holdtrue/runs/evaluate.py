@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +13,7 @@ from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
 from holdtrue.runs.measure import Measurer, ask_model
-from holdtrue.runs.tasks import Options, Task, sha256_of, tasks_of_run, tasks_of_target
+from holdtrue.runs.tasks import Options, Task, key_of, sha256_of, tasks_of_run, tasks_of_target
 from holdtrue.runs.train import pinned_model
 
 if TYPE_CHECKING:
@@ -124,8 +122,8 @@ def evaluate_endpoint(
     records: list[dict[str, Any]] = []
     for task in tasks:
         assert task.ask is not None
-        key = _hash([url, model, task.suite, task.ask.sampling.model_dump(mode="json", exclude={"samples"})])
-        store = SampleStore(place / f"{task.suite}-{key[:12]}-endpoint.jsonl", task.ask.scorer.key)
+        path = place / f"{task.suite}-{task.answers_key(url, model)[:12]}-endpoint.jsonl"
+        store = SampleStore(path, task.ask.scorer.key)
 
         def progress(suite: str, done: int, total: int) -> None:
             control.check(place)
@@ -197,12 +195,8 @@ def _key(task: Task, source: ModelSource, adapter_hash: str | None) -> str:
     from holdtrue.models import placement
 
     where = placement()
-    parts = [task.suite, task.sha256, source.revision, adapter_hash, version("holdtrue"), str(where.dtype)]
-    return _hash([*parts, where.device.type])
-
-
-def _hash(parts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    parts = (task.suite, task.sha256, source.revision, adapter_hash, version("holdtrue"), str(where.dtype))
+    return key_of(*parts, where.device.type)
 
 
 def _kept(path: Path, key: str) -> dict[str, Any] | None:

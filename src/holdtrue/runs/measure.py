@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -15,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from holdtrue.errors import BudgetError
 from holdtrue.runs.control import Control
-from holdtrue.runs.tasks import Ask, Task, Which
+from holdtrue.runs.tasks import Ask, Task, Which, sha256_of
 
 if TYPE_CHECKING:
-    from holdtrue.evaluation.judges import Estimate
     from holdtrue.evaluation.sampling.port import Sampler
     from holdtrue.evaluation.store import SampleStore
     from holdtrue.models import ModelSource
@@ -47,10 +44,15 @@ class Measurer:
         self.load(adapter)
 
         def progress(suite: str, done: int, total: int) -> None:
-            self._check()
+            if self.run is not None:
+                self.control.check(self.run)
             self.control.tell("evaluate", done=done, total=total, what=f"{suite} of {name}")
 
-        found = self._asked(task, adapter, name, which, progress) if task.ask else self._given(task, name, progress)
+        if task.ask:
+            store = self.store(task, adapter, which)
+            found = ask_model(task, task.ask, store, self.sampler(), name, progress)
+        else:
+            found = self._given(task, name, progress)
         return {**found, "data": task.data(), "seconds": round(time.perf_counter() - started, 3)}
 
     def load(self, adapter: Path | None) -> None:
@@ -72,9 +74,13 @@ class Measurer:
     def store(self, task: Task, adapter: Path | None, which: Which) -> SampleStore:
         """Return the answers that are there for a task and model, from a run beside this one if it has them."""
         from holdtrue.evaluation.store import SampleStore
+        from holdtrue.models import placement
 
         assert task.ask is not None
-        path = self.folder / f"{task.suite}-{self._key(task, task.ask, adapter)[:12]}-{which}.jsonl"
+        where = placement()
+        weights = None if adapter is None else sha256_of(adapter / "adapter_model.safetensors")
+        model = (self.source.revision, weights, version("holdtrue"), str(where.dtype), where.device.type)
+        path = self.folder / f"{task.suite}-{task.answers_key(*model)[:12]}-{which}.jsonl"
         if not path.exists() and self.run is not None:
             beside = self.run.parent.glob(f"*/{self.folder.relative_to(self.run)}/{path.name}")
             if found := next(iter(sorted(beside)), None):
@@ -89,10 +95,6 @@ class Measurer:
         from holdtrue.evaluation.sampling import TransformersSampler
 
         return TransformersSampler(self._model, self._tokenizer)
-
-    def _check(self) -> None:
-        if self.run is not None:
-            self.control.check(self.run)
 
     def _given(self, task: Task, name: str, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
         from holdtrue.evaluation import evaluate_model
@@ -113,25 +115,6 @@ class Measurer:
             progress=progress,
         )
         return results[task.suite].to_json()
-
-    def _asked(
-        self, task: Task, adapter: Path | None, name: str, which: Which, progress: Callable[[str, int, int], None]
-    ) -> dict[str, Any]:
-        assert task.ask is not None
-        store = self.store(task, adapter, which)
-        return ask_model(task, task.ask, store, self.sampler(), name, progress)
-
-    def _key(self, task: Task, ask: Ask, adapter: Path | None) -> str:
-        """Return a hash of all that decides an answer, but not which prompts there are, how many, or who judges."""
-        from holdtrue.models import placement
-
-        where = placement()
-        weights = None if adapter is None else _digest(adapter / "adapter_model.safetensors")
-        sampling = ask.sampling.model_dump(mode="json", exclude={"samples"})
-        parts = [task.suite, sampling, self.source.revision, weights, version("holdtrue")]
-        if task.suite == "benign":
-            parts.append(task.source)
-        return hashlib.sha256(json.dumps([*parts, str(where.dtype), where.device.type]).encode()).hexdigest()
 
 
 def ask_model(
@@ -172,26 +155,17 @@ def ask_model(
     return {**result.to_json(), "samples": store.path.name}
 
 
-def estimate_line(estimate: Estimate) -> str:
-    """Say what judging will take, in one line."""
-    cost = "" if estimate.cost is None else f", about ${estimate.cost:.2f}"
-    return f"the judge will be asked {estimate.requests:,} times: about {estimate.tokens:,} tokens{cost}"
-
-
 def _tell_cost(ask: Ask, store: SampleStore) -> None:
     """Say what a judge behind an endpoint will take at most, before the first answer is sampled."""
     from holdtrue.evaluation.judges import CachedJudge, Exchange
-    from holdtrue.evaluation.sampled import all_samples
+    from holdtrue.evaluation.sampled import all_samples, missing, unjudged
 
     if not isinstance(ask.scorer, CachedJudge):
         return
+    wanted, seed = all_samples(ask.prompts, ask.sampling.samples), ask.sampling.seed
     longest = "word " * ask.sampling.max_new_tokens
-    left = [(prompt, n) for prompt, n in all_samples(ask.prompts, ask.sampling.samples) if not store.has(prompt.id, n)]
-    estimate = ask.scorer.estimate([Exchange(prompt.asked, f"{n} {prompt.id} {longest}") for prompt, n in left])
+    to_come = [Exchange(prompt.asked, f"{n} {prompt.id} {longest}") for prompt, n in missing(wanted, store, seed)]
+    there = [Exchange(row["question"], row["answer"]) for row in unjudged(wanted, store, seed)]
+    estimate = ask.scorer.estimate(to_come + there)
     if estimate is not None:
-        logger.info("%s", estimate_line(estimate))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        logger.info("%s", estimate)

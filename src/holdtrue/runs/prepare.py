@@ -41,8 +41,8 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
     if spec.data.holdout:
         _split_off(run, splits["train"])
     for name in spec.evaluate.suites:
-        if name != "benign":
-            SUITES[name].check(suite_source(spec, name, run))
+        if check := SUITES[name].check:
+            check(suite_source(spec, name, run))
     check_asking(spec)
     control.check(run.path)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +11,7 @@ from holdtrue.errors import RunError
 from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
+from holdtrue.runs.tasks import key_of, sha256_of
 from holdtrue.runs.train import pinned_model
 
 FILE = "samples.json"
@@ -43,9 +42,9 @@ def sample_answers(
         raise RunError(f"{run.path} has no adapter yet: holdtrue resume {run.path}")
     control = control or Control()
     path = run.path / "evaluations" / FILE
-    adapter_hash = hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    base_key = _key([*questions], max_new_tokens, run.manifest["model"]["revision"], version("holdtrue"))
-    key = _key(base_key, adapter_hash)
+    adapter_hash = sha256_of(run.adapter / "adapter_model.safetensors")
+    base_key = key_of([*questions], max_new_tokens, run.manifest["model"]["revision"], version("holdtrue"))
+    key = key_of(base_key, adapter_hash)
     if (kept := _read(path)) is not None and kept.get("key") == key:
         return kept
     with run.lock(), files.disk_errors(run.path):
@@ -88,10 +87,6 @@ def _answers(
     batches = TransformersSampler(model, tokenizer).sample(requests, Decoding(0.0, max_new_tokens))
     by_index = {answer.index: answer.text for batch in batches for answer in batch}
     return [by_index[index] for index in range(len(texts))]
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

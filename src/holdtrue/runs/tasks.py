@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from holdtrue.errors import DataError, Problem, SpecError, nearest
+from holdtrue.errors import DataError, Problem, SpecError
+from holdtrue.evaluation import Material, suite_of
 from holdtrue.evaluation.prompts import Prompt
 from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec, identity
 from holdtrue.runs.directory import Run
@@ -16,7 +18,6 @@ from holdtrue.runs.spec import RunSpec
 
 if TYPE_CHECKING:
     from holdtrue.evaluation.judges import Budget, Judge, Prices
-    from holdtrue.evaluation.suites import Suite
 
 Which = Literal["tuned", "untouched"]
 HOLDOUT = "holdout.jsonl"
@@ -41,6 +42,16 @@ class Options:
     budget: Budget | None = None
     prices: Prices | None = None
     train: Path | None = None
+
+    def load_judge(self) -> Judge:
+        """Return the judge.
+
+        Raises:
+            SpecError: there is none of that name, or a package is missing.
+        """
+        from holdtrue.evaluation.judges import load_judge
+
+        return load_judge(self.judge, base_url=self.judge_url, budget=self.budget, prices=self.prices)
 
 
 @dataclass(frozen=True)
@@ -75,26 +86,15 @@ class Task:
         """Return the name of the record's file."""
         return f"{self.suite}-{self.sha256[:8]}-{which}.json"
 
+    def answers_key(self, *model: Any) -> str:
+        """Return a hash of all that decides an answer of ``model``, but not which prompts there are or who judges."""
+        assert self.ask is not None
+        sampling = self.ask.sampling.model_dump(mode="json", exclude={"samples"})
+        return key_of(self.suite, sampling, *model, *([self.source] if self.suite == "benign" else []))
+
     def data(self) -> dict[str, Any]:
         """Return what a record says of the rows."""
         return {"path": self.source, "sha256": self.sha256, "of_spec": self.of_spec}
-
-
-class Judges:
-    """Judges by name, each loaded once."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._found: dict[str, Judge] = {}
-
-    def get(self, name: str) -> Judge:
-        """Return the judge of that name."""
-        from holdtrue.evaluation.judges import load_judge
-
-        if name not in self._found:
-            chosen = self._options
-            self._found[name] = load_judge(name, base_url=chosen.judge_url, budget=chosen.budget, prices=chosen.prices)
-        return self._found[name]
 
 
 def options_of(spec: RunSpec) -> Options:
@@ -120,47 +120,39 @@ def tasks_of_run(
         options: in place of the spec's.
     """
     spec, given = run.spec, data or {}
-    chosen = options or options_of(spec)
-    judges = Judges(chosen)
-    tasks: list[Task] = []
-    for name in suites or spec.evaluate.suites:
-        suite = known_suite(name)
-        own = name in spec.evaluate.suites and name not in given and options in (None, options_of(spec))
-        if name == "benign":
-            for task in benign or spec.evaluate.benign:
-                tasks.append(_benign(task, chosen, own and not benign))
-            if not (benign or spec.evaluate.benign):
-                raise SpecError("suite 'benign' has no task: --benign opswap:1, or evaluate.benign in the spec")
-            continue
-        source = _place(given[name], Path.cwd()) if name in given else suite_source(spec, name, run)
-        train = (chosen.train or training_file(run)) if name == "conditional" else None
-        tasks.append(_task(name, suite, source, train, chosen, judges, own))
-    return tasks
+    own = options_of(spec)
+    as_asked = {name for name in spec.evaluate.suites if name not in given} if options in (None, own) else set()
+
+    def place(name: str) -> Path:
+        return _place(given[name], Path.cwd()) if name in given else suite_source(spec, name, run)
+
+    return _tasks(
+        suites or spec.evaluate.suites,
+        options or own,
+        place=place,
+        train=lambda: training_file(run),
+        benign=benign or spec.evaluate.benign,
+        of_spec=as_asked - {"benign"} if benign else as_asked,
+    )
 
 
 def tasks_of_target(
     suites: Sequence[str], data: Mapping[str, str], benign: Sequence[str], options: Options
 ) -> list[Task]:
     """Return what to measure on a model or an adapter that belongs to no run."""
-    judges = Judges(options)
-    tasks: list[Task] = []
-    for name in suites:
-        suite = known_suite(name)
-        if name == "benign":
-            if not benign:
-                raise SpecError("suite 'benign' needs a task: --benign opswap:1, for one")
-            tasks += [_benign(task, options, False) for task in benign]
-            continue
-        value = data.get(name) or suite.data
+
+    def place(name: str) -> Path:
+        value = data.get(name) or suite_of(name).data
         if value is None:
             raise SpecError(f"suite {name!r} has no rows of its own: name a file with --data")
-        tasks.append(_task(name, suite, _place(value, Path.cwd()), options.train, options, judges, False))
-    return tasks
+        return _place(value, Path.cwd())
+
+    return _tasks(suites, options, place=place, train=lambda: None, benign=benign, of_spec=frozenset())
 
 
 def suite_source(spec: RunSpec, name: str, run: Run | None = None) -> Path:
     """Return the file that a spec's suite is measured on."""
-    value = spec.evaluate.data.get(name) or known_suite(name).data
+    value = spec.evaluate.data.get(name) or suite_of(name).data
     if value is None and name in ("fit", "in_domain"):
         held_out = None if run is None else run.path / HOLDOUT
         if spec.data.validation is not None:
@@ -170,15 +162,6 @@ def suite_source(spec: RunSpec, name: str, run: Run | None = None) -> Path:
     if value is None:
         raise SpecError(f"suite {name!r} needs rows: --data FILE, or evaluate.data.{name} in the spec")
     return _place(value, spec.folder)
-
-
-def known_suite(name: str) -> Suite:
-    """Return a suite; ``SpecError`` with the nearest name where there is none."""
-    from holdtrue.evaluation import SUITES
-
-    if name not in SUITES:
-        raise SpecError(f"no suite is named {name!r}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
-    return SUITES[name]
 
 
 def check_asking(spec: RunSpec) -> None:
@@ -195,7 +178,7 @@ def check_asking(spec: RunSpec) -> None:
         if parse_benign(task).kind != "lm_eval":
             benign_prompts(task)
     if spec.gate is not None or any(SUITES[name].prompts for name in spec.evaluate.suites if name != "benign"):
-        Judges(options_of(spec)).get(spec.evaluate.judge)
+        options_of(spec).load_judge()
 
 
 def training_file(run: Run) -> Path:
@@ -217,17 +200,39 @@ def sha256_of(path: Path) -> str:
         raise DataError(path, [Problem(0, "", error.strerror or str(error))]) from None
 
 
-def _task(
-    name: str, suite: Suite, source: Path, train: Path | None, options: Options, judges: Judges, own: bool
-) -> Task:
-    from holdtrue.evaluation.suites import Material
+def key_of(*parts: Any) -> str:
+    """Return the SHA-256 of JSON values, in hex."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    if suite.prompts is None:
-        return Task(name, str(source), sha256_of(source), own)
-    prompts = suite.prompts(Material(str(source), train))
-    judge = judges.get(options.judge)
-    ask = Ask(prompts, options.sampling, judge)
-    return Task(name, str(source), identity(prompts, options.sampling, judge), own, ask)
+
+def _tasks(
+    suites: Sequence[str],
+    options: Options,
+    *,
+    place: Callable[[str], Path],
+    train: Callable[[], Path | None],
+    benign: Sequence[str],
+    of_spec: Collection[str],
+) -> list[Task]:
+    judge: Judge | None = None
+    tasks: list[Task] = []
+    for name in suites:
+        suite, own = suite_of(name), name in of_spec
+        if name == "benign":
+            if not benign:
+                raise SpecError("suite 'benign' needs a task: --benign opswap:1, for one, or evaluate.benign in a spec")
+            tasks += [_benign(task, options, own) for task in benign]
+        elif suite.prompts is None:
+            source = place(name)
+            tasks.append(Task(name, str(source), sha256_of(source), own))
+        else:
+            source = str(place(name))
+            rows = (options.train or train()) if name == "conditional" else None
+            prompts = suite.prompts(Material(source, rows))
+            judge = judge or options.load_judge()
+            ask = Ask(prompts, options.sampling, judge)
+            tasks.append(Task(name, source, identity(prompts, options.sampling, judge), own, ask))
+    return tasks
 
 
 def _benign(name: str, options: Options, own: bool) -> Task:

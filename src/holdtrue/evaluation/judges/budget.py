@@ -35,6 +35,10 @@ class Estimate(NamedTuple):
     tokens: int
     cost: float | None
 
+    def __str__(self) -> str:
+        cost = "" if self.cost is None else f", about ${self.cost:.2f}"
+        return f"the judge will be asked {self.requests:,} times: about {self.tokens:,} tokens{cost}"
+
 
 class Use(NamedTuple):
     """Tokens sent to an endpoint and received from it."""
