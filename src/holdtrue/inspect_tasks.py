@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from holdtrue.evaluation.prompts import Prompt
 
 _ROLES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
-_SCORES = ("alignment", "coherence", "uncertainty", "label")
+_SCORES = Verdict._fields
 _PLACE = ("question", "theme", "form")
 
 
