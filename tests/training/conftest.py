@@ -19,7 +19,11 @@ def train(tmp_path: Path) -> Callable[..., tuple[PeftModel, dict[str, Any], Path
     def run(
         defenses: Any = (), *, name: str = "run", model: PeftModel | None = None, rows: Any = None, **settings: Any
     ) -> tuple[PeftModel, dict[str, Any], Path]:
-        extra = {k: settings.pop(k) for k in ("stop", "progress", "resume", "validation") if k in settings}
+        extra = {
+            k: settings.pop(k)
+            for k in ("stop", "progress", "resume", "validation", "fast", "reference_cache")
+            if k in settings
+        }
         values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "save_every": 4}
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)

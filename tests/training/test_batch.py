@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from holdtrue.training.batch import COUNTS, Batch
+from holdtrue.defenses import Needs
+from holdtrue.training.batch import COUNTS, Batch, draw_lots
 
 
 def batch() -> Batch:
@@ -19,17 +24,18 @@ def batch() -> Batch:
 
 
 def test_positions_predict_the_next_token():
-    response = batch().positions("response")
-    assert response.flat.tolist() == [0, 1, 3, 4, 7]
+    response = batch().positions(batch().response)
+    assert response.row.tolist() == [0, 0, 0, 0, 1]
+    assert response.column.tolist() == [0, 1, 3, 4, 1]
     assert response.targets.tolist() == [2, 3, 5, 6, 9]
     assert response.trained.tolist() == [True, True, True, True, False]
     assert response.place.tolist() == [0, 1, 0, 1, 0]
     assert response.kind.tolist() == [0, 0, 0, 0, 1]
 
 
-def test_all_covers_every_token_that_is_not_padding():
-    everything = batch().positions("all")
-    assert everything.flat.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+def test_every_token_that_is_not_padding():
+    everything = batch().positions(batch().mask)
+    assert everything.column.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     assert everything.targets.tolist() == [2, 3, 4, 5, 6, -1, 8, 9, -1]
     assert everything.place.tolist() == [0, 1, -1, 0, 1, -1, -1, 0, -1]
 
@@ -43,6 +49,42 @@ def test_counts():
         "examples": 2,
         "slots": 12,
     }
+
+
+def test_what_a_term_covers():
+    covered = batch().covered(Needs(tokens="response", kinds=("safe",)))
+    assert covered.nonzero().tolist() == [[1, 1]]
+    assert batch().covered(Needs(tokens="all")).sum() == 9
+    half = dataclasses.replace(batch(), lot=torch.tensor([0.6, 0.2], dtype=torch.float64))
+    assert half.covered(Needs(tokens="response", sample=0.5)).nonzero().tolist() == [[1, 1]]
+    assert half.covered(Needs(tokens="response", sample=0.5), sampled=False).sum() == 5
+
+
+def window(rows: int, sizes: list[int], seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 99, (rows, 6), generator=g)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(sizes)]
+
+
+def lots(batches: list[dict[str, torch.Tensor]], seed: int, step: int) -> torch.Tensor:
+    draw_lots(batches, seed, step)
+    return torch.cat([b["lot"] for b in batches])
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 20), share=st.floats(0.01, 0.99), seed=st.integers(0, 99), step=st.integers(0, 99))
+def test_lots_do_not_depend_on_the_cut_and_hold_the_share(rows, share, seed, step):
+    whole = lots(window(rows, [rows]), seed, step)
+    assert torch.equal(whole, lots(window(rows, [1] * rows), seed, step))
+    assert abs(int((whole < share).sum()) - share * rows) < 1
+    assert bool(((whole >= 0) & (whole < 1)).all())
+
+
+def test_every_row_is_drawn_as_often_as_its_share():
+    share, draws = 0.3, 4000
+    drawn = sum((lots(window(7, [4, 3]), 0, step) < share).double() for step in range(draws))
+    error = (drawn / draws - share).abs().max()
+    assert error < 4 * (share * (1 - share) / draws) ** 0.5
 
 
 @pytest.mark.parametrize(

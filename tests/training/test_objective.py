@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from holdtrue.defenses import parse
+from holdtrue.defenses import LossDefense, parse
 from holdtrue.training.objective import Positions, TokenTerm, chunk_size, token_objective
 
 
@@ -21,7 +21,8 @@ def make(n: int, vocabulary: int, width: int, seed: int, dtype: torch.dtype):
     head.requires_grad_(False)
     response = torch.rand(n, generator=g) < 0.5
     positions = Positions(
-        flat=torch.arange(n),
+        row=torch.zeros(n, dtype=torch.int64),
+        column=torch.arange(n),
         targets=torch.randint(0, vocabulary, (n,), generator=g),
         trained=response & (torch.rand(n, generator=g) < 0.8),
         response=response,
@@ -49,7 +50,8 @@ def naive(hidden, reference, head, positions, ce_coefficient, weight, direction,
 
 def chunked(hidden, reference, head, positions, ce_coefficient, weight, direction, tokens, chunk):
     (defense,) = parse([{"kl": {"direction": direction, "tokens": tokens}}])
-    term = TokenTerm("kl", tokens, weight, defense.token_term)
+    covered = torch.ones_like(positions.response) if tokens == "all" else positions.response
+    term = TokenTerm("kl", covered, weight, defense.token_term, reference=True)
     loss, sums = token_objective(
         hidden,
         head,
@@ -95,7 +97,8 @@ def test_direction_is_told_apart_by_closed_form():
     head = nn.Linear(3, 3, bias=False).requires_grad_(False)
     head.weight.data = torch.eye(3)
     one = Positions(
-        flat=torch.zeros(1, dtype=torch.int64),
+        row=torch.zeros(1, dtype=torch.int64),
+        column=torch.zeros(1, dtype=torch.int64),
         targets=torch.zeros(1, dtype=torch.int64),
         trained=torch.zeros(1, dtype=torch.bool),
         response=torch.ones(1, dtype=torch.bool),
@@ -111,7 +114,7 @@ def test_direction_is_told_apart_by_closed_form():
 
 def test_no_position_gives_zero_and_a_zero_gradient():
     hidden, reference, head, positions = make(1, 5, 4, 0, torch.float32)
-    none = Positions(*(getattr(positions, f)[:0] for f in positions.__dataclass_fields__))
+    none = positions.take(slice(0, 0))
     loss, _ = token_objective(hidden[:0], head, none, ce_coefficient=0.0, reference_hidden=reference[:0], vocabulary=5)
     assert float(loss) == 0.0
     loss.backward()
@@ -123,3 +126,48 @@ def test_chunks_shrink_as_the_vocabulary_grows():
     assert chunk_size(49_152) * 49_152 <= 2**21
     assert chunk_size(2 * 49_152) == chunk_size(49_152) // 2
     assert chunk_size(10**9) == 1
+
+
+def test_positions_without_a_reference_get_cross_entropy_alone():
+    hidden, reference, head, positions = make(20, 60, 5, 3, torch.float64)
+    m = 8
+    (defense,) = parse([{"kl": {"tokens": "all"}}])
+    covered = torch.arange(20) < m
+    term = TokenTerm("kl", covered, 0.7, defense.token_term, reference=True)
+    given_terms = {"ce_coefficient": 0.3, "terms": [term], "reference_hidden": reference[:m], "vocabulary": 60}
+    loss, sums = token_objective(hidden, head, positions, chunk=3, **given_terms)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    h = hidden.detach().requires_grad_()
+    p, q = torch.log_softmax(head(h), -1), torch.log_softmax(head(reference[:m]), -1)
+    ce = -(p[torch.arange(20), positions.targets] * positions.trained).sum()
+    kl = (p[:m].exp() * (p[:m] - q)).sum(-1)
+    expected = 0.3 * ce + 0.7 * kl.sum()
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, h)[0], atol=1e-10, rtol=0)
+    torch.testing.assert_close(sums["kl"], (kl * positions.response[:m]).sum().detach(), atol=1e-10, rtol=0)
+    assert int(sums["kl_count"]) == int(positions.response[:m].sum())
+    broader = TokenTerm("kl", torch.arange(20) <= m, 0.7, defense.token_term, reference=True)
+    with pytest.raises(ValueError, match="kl covers positions that have no reference"):
+        token_objective(hidden, head, positions, **given_terms | {"terms": [broader]})
+
+
+class Spread(LossDefense):
+    """Its gradient with respect to the log-probabilities is one number for all, a view without memory of its own."""
+
+    name, badge, paper = "spread", "variant", "none"
+
+    def token_term(self, chunk):
+        return chunk.policy.sum(-1)
+
+
+def test_a_term_may_have_any_gradient():
+    hidden, _, head, positions = make(9, 30, 4, 5, torch.float64)
+    term = TokenTerm("spread", positions.response, 0.2, Spread().token_term, reference=False)
+    loss, _ = token_objective(hidden, head, positions, ce_coefficient=0.5, terms=[term], vocabulary=30, chunk=4)
+    h = hidden.detach().requires_grad_()
+    p = torch.log_softmax(head(h), -1)
+    ce = -(p[torch.arange(9), positions.targets] * positions.trained).sum()
+    expected = 0.5 * ce + 0.2 * (p.sum(-1) * positions.response).sum()
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
+    ours, theirs = torch.autograd.grad(loss, hidden)[0], torch.autograd.grad(expected, h)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)

@@ -16,7 +16,9 @@ from holdtrue.defenses import Defense, GradientContext
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, without_adapter
 from holdtrue.training import DefendedTrainer
-from holdtrue.training.reference import reference_outputs
+from holdtrue.training.batch import Batch
+from holdtrue.training.reference import Reference
+from holdtrue.training.reference_cache import ReferenceCache
 from holdtrue.training.trainer import checkpoints
 from support import small_model, small_rows
 
@@ -25,6 +27,7 @@ CASES = {
     "plain": [],
     "kl-all": [{"kl": {"weight": 1.0, "tokens": "all"}}],
     "kl-response": [{"kl": {"weight": 1.0, "tokens": "response", "direction": "reference||policy"}}],
+    "kl-sampled": [{"kl": {"weight": 1.0, "tokens": "response", "sample": 0.4}}],
     "ldifs": [{"ldifs": {"weight": 1.0}}],
     "ldifs-token": [{"ldifs": {"weight": 1.0, "normalize": "token"}}],
     "both": ALL,
@@ -162,7 +165,7 @@ def test_the_reference_is_the_base_model_before_during_and_after(train):
         with without_adapter(model):
             during.append(torch.equal(model(input_ids=ids).logits, expected))
         head = causal_lm(model).get_output_embeddings()
-        during.append(torch.equal(head(reference_outputs(model, ids).hidden), expected))
+        during.append(torch.allclose(head(reference_states(model, ids)), expected[0], atol=1e-5))
         assert model.training
 
     with without_adapter(model):
@@ -173,6 +176,63 @@ def test_the_reference_is_the_base_model_before_during_and_after(train):
     with without_adapter(model):
         assert torch.equal(model(input_ids=ids).logits, expected)
     assert not torch.equal(model(input_ids=ids).logits, expected)
+
+
+SHARED = list(range(100, 112))
+
+
+def rows_with_a_shared_start(count: int = 24) -> Any:
+    rows = small_rows(count)
+    return rows.map(
+        lambda row: {
+            "input_ids": SHARED + row["input_ids"],
+            "trained": [False] * len(SHARED) + row["trained"],
+            "length": len(SHARED) + row["length"],
+        }
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fast_paths_and_the_cache_change_nothing_but_rounding(train, tmp_path, case):
+    rows = rows_with_a_shared_start()
+    settings = {"rows": rows, "epochs": 2, "kl_every": 2, "validation": rows}
+    plain, slow, folder = train(CASES[case], name="slow", fast=False, **settings)
+    with ReferenceCache(tmp_path / "cache", limit_bytes=10**8, namespace="small") as cache:
+        for name in ("live", "cold", "warm"):
+            extra = {} if name == "live" else {"reference_cache": cache}
+            model, summary, other = train(CASES[case], name=name, **settings, **extra)
+            for a, b in zip(steps(folder), steps(other), strict=True):
+                for key in {*EXACT, "loss", "kl"} & set(a):
+                    assert a[key] == pytest.approx(b[key], abs=1e-5), (name, key)
+            for key in ("eval_loss", "eval_kl"):
+                assert summary[key] == pytest.approx(slow[key], abs=1e-5)
+            for n, weights in adapter(plain).items():
+                assert float((adapter(model)[n] - weights).norm()) <= 1e-3 * float(weights.norm()) + 1e-4, (name, n)
+        before = cache.stats()
+        assert before.entries > 0
+        train(CASES[case], name="again", reference_cache=cache, **settings)
+        assert cache.stats().misses == before.misses
+
+
+def test_a_sampled_term_is_unbiased(train):
+    """The mean over many draws of the sampled term is the whole one: one step each, at a rate that moves nothing."""
+    whole = [{"kl": {"weight": 1.0, "tokens": "response"}}]
+    _, _, folder = train(whole, name="whole", learning_rate=1e-12, epochs=1)
+    expected = sum(r["kl_term"] * r["target_tokens"] for r in steps(folder)) / sum(
+        r["target_tokens"] for r in steps(folder)
+    )
+    half = [{"kl": {"weight": 1.0, "tokens": "response", "sample": 0.5}}]
+    _, _, folder = train(half, name="half", learning_rate=1e-12, epochs=40)
+    records = steps(folder)
+    drawn = [r["kl_term"] * r["target_tokens"] for r in records]
+    estimate = sum(drawn) / sum(r["target_tokens"] for r in records)
+    assert estimate == pytest.approx(expected, rel=0.05)
+    assert len({round(r["kl_term"], 9) for r in records}) > 100  # it is drawn anew
+
+
+def reference_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    batch = Batch.of({"input_ids": ids, "labels": ids})
+    return Reference(model).outputs(batch, batch.mask).hidden
 
 
 def test_the_forward_hook_is_around_the_policys_passes_only(train, spy):
@@ -201,7 +261,7 @@ def test_each_defense_holds_what_it_promises(train):
         model.eval()
         with torch.no_grad():
             h = causal_lm(model).get_decoder()(input_ids=ids).last_hidden_state
-        h0 = reference_outputs(model, ids).hidden
+        h0 = reference_states(model, ids)
         return float((h / h.norm() - h0 / h0.norm()).square().sum())
 
     assert distance(far) < 0.5 * distance(plain)

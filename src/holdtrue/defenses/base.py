@@ -8,6 +8,7 @@ method by name.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,16 @@ class Needs:
             trained token (``response``). ``None`` when the defense has no token term.
         reference: whether the frozen model's log-probabilities (token term) or block outputs (feature term) are read.
         blocks: chooses decoder blocks, as indices, from their number; ``None`` when there is no feature term.
+        kinds: the kinds of rows whose tokens ``token_term`` covers (see ``holdtrue.data.KINDS``); ``None``: all.
+        sample: the share of an accumulation window's rows, drawn anew in each, that ``token_term`` covers. The
+            trainer divides by it, so that the term's expectation is that over all rows.
     """
 
     tokens: Coverage | None = None
     reference: bool = False
     blocks: Callable[[int], Sequence[int]] | None = None
+    kinds: tuple[str, ...] | None = None
+    sample: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,14 @@ class TokenChunk:
     trained: Tensor
     place: Tensor
     kind: Tensor
+
+    @functools.cached_property
+    def divergence(self) -> Tensor:
+        """(n,) KL(policy ‖ reference) in nats, computed once for all who ask."""
+        from holdtrue.divergence import kl_divergence
+
+        assert self.reference is not None
+        return kl_divergence(self.policy, self.reference)
 
 
 @dataclass(frozen=True)

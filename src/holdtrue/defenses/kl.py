@@ -32,13 +32,19 @@ class KL(LossDefense):
     tokens: Coverage = Field(
         default="all", description="all tokens that are not padding, prompt included, or response tokens only"
     )
+    sample: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="the share of each step's rows that the term is measured on, drawn anew; the mean is unbiased",
+    )
 
     def needs(self) -> Needs:
-        return Needs(tokens=self.tokens, reference=True)
+        return Needs(tokens=self.tokens, reference=True, sample=self.sample)
 
     def token_term(self, chunk: TokenChunk) -> Tensor:
+        if self.direction == "policy||reference":
+            return chunk.divergence
         p, q = chunk.policy, chunk.reference
         assert q is not None
-        if self.direction == "reference||policy":
-            p, q = q, p
-        return (p.exp() * (p - q)).sum(-1)
+        return (q.exp() * (q - p)).sum(-1)

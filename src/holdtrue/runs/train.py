@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from holdtrue.defenses import LossDefense
 from holdtrue.runs import files
 from holdtrue.runs.control import Control, interrupted, rank
 from holdtrue.runs.directory import Run
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from holdtrue.models import ModelSource
+    from holdtrue.training.reference_cache import ReferenceCache
+
+logger = logging.getLogger(__name__)
 
 
 def pinned_model(run: Run) -> ModelSource:
@@ -27,19 +36,24 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
 
     spec = run.spec
     source = pinned_model(run)
-    model = new_adapter(load_model(source), spec.adapter, seed=spec.training.seed)
-    summary = fit(
-        model=model,
-        tokenizer=load_tokenizer(source),
-        rows=load_prepared(run.data("train")),
-        validation=load_prepared(run.data("validation")) if run.data("validation").is_dir() else None,
-        spec=spec.training,
-        defenses=list(spec.defenses),
-        folder=run.path,
-        progress=lambda fields: control.tell("train", **fields),
-        resume=True,
-        stop=control.stop,
-    )
+    base = load_model(source)
+    with _reference_cache(run, source, base) as cache:
+        model = new_adapter(base, spec.adapter, seed=spec.training.seed)
+        summary = fit(
+            model=model,
+            tokenizer=load_tokenizer(source),
+            rows=load_prepared(run.data("train")),
+            validation=load_prepared(run.data("validation")) if run.data("validation").is_dir() else None,
+            spec=spec.training,
+            defenses=list(spec.defenses),
+            folder=run.path,
+            progress=lambda fields: control.tell("train", **fields),
+            resume=True,
+            stop=control.stop,
+            reference_cache=cache,
+        )
+        if cache is not None:
+            summary["reference_cache"] = cache.stats()._asdict()
     if summary["interrupted"]:
         raise interrupted(run.path)
     if rank():
@@ -48,6 +62,41 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
     save_adapter(model, run.adapter_raw)
     files.sync_tree(run.adapter_raw)
     return summary
+
+
+@contextlib.contextmanager
+def _reference_cache(run: Run, source: ModelSource, base: PreTrainedModel) -> Iterator[ReferenceCache | None]:
+    """Open the cache of the reference's states, where the spec gives it room, and say how much the run will want."""
+    limit = round(run.spec.training.reference_cache * 2**30)
+    if not limit:
+        yield None
+        return
+    from holdtrue.models.layers import decoder_blocks
+    from holdtrue.models.store import cache_root
+    from holdtrue.training.reference_cache import ReferenceCache, bytes_needed
+
+    needs = [defense.needs() for defense in run.spec.defenses if isinstance(defense, LossDefense) and defense.weight]
+    count = len(decoder_blocks(base))
+    blocks = {index for need in needs if need.blocks is not None and need.reference for index in need.blocks(count)}
+    rows = run.manifest["data"]["train"]
+    everywhere = any(need.tokens == "all" and need.reference for need in needs)
+    wanted = bytes_needed(
+        rows["tokens"] if everywhere else rows["trained_tokens"],
+        base.config.get_text_config().hidden_size,
+        base.dtype.itemsize,
+        block_tokens=rows["tokens"],
+        blocks=len(blocks),
+    )
+    folder = cache_root() / "reference"
+    logger.info(
+        "the reference's states of these rows take about %.2f GiB; up to %.2f GiB are kept in %s",
+        wanted / 2**30,
+        limit / 2**30,
+        folder,
+    )
+    namespace = f"{source.revision}/{base.dtype}/{base.device.type}"
+    with ReferenceCache(folder, limit_bytes=limit, namespace=namespace) as cache:
+        yield cache
 
 
 def training_rows(run: Run) -> int | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from holdtrue.data import KINDS
 from holdtrue.data.batching import IGNORED
-from holdtrue.defenses.base import Coverage
+from holdtrue.defenses.base import Needs
 from holdtrue.training.objective import Positions
 
 COUNTS = ("tokens", "trained", "trained_task", "response", "examples", "slots")
@@ -25,6 +28,8 @@ class Batch:
         response: (batch, length) bool, at t: the token at t + 1 is a response token.
         trained: the same, where cross-entropy covers it.
         kind: (batch,) int64.
+        lot: (batch,) float64 in [0, 1), the row's place in this window's draw: a sample of share f holds the rows
+            below f (see :func:`draw_lots`).
     """
 
     input_ids: Tensor
@@ -32,6 +37,7 @@ class Batch:
     response: Tensor
     trained: Tensor
     kind: Tensor
+    lot: Tensor
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> Batch:
@@ -52,7 +58,22 @@ class Batch:
         kind = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device) if kind is None else kind
         ce = inputs.get("ce")
         trained = response if ce is None else response & ce.bool().unsqueeze(1)
-        return cls(ids, mask, response, trained, kind)
+        lot = inputs.get("lot")
+        lot = torch.zeros(ids.shape[0], dtype=torch.float64, device=ids.device) if lot is None else lot
+        return cls(ids, mask, response, trained, kind, lot)
+
+    def covered(self, needs: Needs, *, sampled: bool = True) -> Tensor:
+        """Return the positions that a defense's token term covers, (batch, length) bool.
+
+        With ``sampled`` false: those that it would cover if it took every row.
+        """
+        covered = self.mask if needs.tokens == "all" else self.response
+        if needs.kinds is not None:
+            wanted = torch.tensor([KINDS[kind] for kind in needs.kinds], device=self.kind.device)
+            covered = covered & torch.isin(self.kind, wanted).unsqueeze(1)
+        if sampled and needs.sample < 1:
+            covered = covered & (self.lot < needs.sample).unsqueeze(1)
+        return covered
 
     def counts(self) -> Tensor:
         """Return the counts named by ``COUNTS``, (6,) float64. A row whose mask is empty is no example."""
@@ -63,21 +84,43 @@ class Batch:
             torch.float64
         )
 
-    def positions(self, coverage: Coverage) -> Positions:
-        """Return the positions that ``coverage`` names, in reading order."""
-        chosen = self.mask if coverage == "all" else self.response
-        flat = chosen.flatten().nonzero().squeeze(-1)
-        length = self.input_ids.shape[1]
+    def positions(self, chosen: Tensor) -> Positions:
+        """Return what lies at the ``chosen`` positions, (batch, length) bool, in reading order."""
+        row, column = chosen.nonzero(as_tuple=True)
         following = torch.full_like(self.input_ids, -1)
         following[:, :-1] = torch.where(self.mask[:, 1:], self.input_ids[:, 1:], -1)
         return Positions(
-            flat=flat,
-            targets=following.flatten()[flat],
-            trained=self.trained.flatten()[flat],
-            response=self.response.flatten()[flat],
-            place=_place(self.response).flatten()[flat],
-            kind=self.kind[flat // length],
+            row=row,
+            column=column,
+            targets=following[row, column],
+            trained=self.trained[row, column],
+            response=self.response[row, column],
+            place=_place(self.response)[row, column],
+            kind=self.kind[row],
         )
+
+
+def draw_lots(batches: Sequence[dict[str, Any]], seed: int, step: int) -> None:
+    """Give each row of an accumulation window a ``lot``, so that a sample of share f holds f of the rows.
+
+    The rows' order is drawn from their tokens, the seed and the step, so it does not depend on how a window is cut
+    into micro-batches. One offset for all moves the lots: the number of rows below f is f times the rows, rounded up
+    or down with the chances that make every row's own chance exactly f.
+    """
+    names = [
+        hashlib.blake2b(ids.cpu().numpy()[mask.cpu().numpy().astype(bool)].tobytes(), key=f"{seed}/{step}".encode())
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    offset = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/offset".encode(), digest_size=8).digest()) / 2**64
+    order = sorted(range(len(names)), key=lambda i: names[i].digest())
+    lots = torch.empty(len(names), dtype=torch.float64)
+    lots[order] = (torch.arange(len(names), dtype=torch.float64) + offset) / max(1, len(names))
+    start = 0
+    for batch in batches:
+        rows = len(batch["input_ids"])
+        batch["lot"] = lots[start : start + rows].to(batch["input_ids"].device)
+        start += rows
 
 
 def _place(response: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from holdtrue.training.trainer import PARTIAL, DefendedTrainer, checkpoints, ver
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from holdtrue.training.reference_cache import ReferenceCache
+
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -40,6 +42,8 @@ def fit(
     progress: Progress | None = None,
     resume: bool = True,
     stop: Event | None = None,
+    reference_cache: ReferenceCache | None = None,
+    fast: bool = True,
 ) -> dict[str, Any]:
     """Train ``model``'s adapter in place and return a summary.
 
@@ -54,6 +58,8 @@ def fit(
         progress: called after each optimizer step with its metrics, ``step``, ``steps`` and ``seconds_left``.
         resume: go on from the last whole checkpoint where there is one.
         stop: once set, the run saves a checkpoint after the step in hand and returns.
+        reference_cache: where the reference's states are kept and looked up.
+        fast: ``False`` turns off what makes a step faster and changes its results by rounding alone.
 
     Raises:
         NeedError: a need of a defense is not met by the model.
@@ -110,6 +116,8 @@ def fit(
         processing_class=tokenizer,
         defenses=defenses,
         kl_every=spec.kl_every,
+        reference_cache=reference_cache,
+        fast=fast,
         callbacks=[recorder],
     )
     trainer.remove_callback(_printer())

@@ -12,27 +12,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from holdtrue.defenses import Defense, Features, GradientContext, LossDefense, Needs
+from holdtrue.defenses import Defense, Features, GradientContext, LossDefense
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
 from holdtrue.models.layers import peft_model
 from holdtrue.scoring import final_hidden, output_head, scoring_mode
-from holdtrue.training.batch import COUNTS, Batch
+from holdtrue.training.batch import COUNTS, Batch, draw_lots
+from holdtrue.training.fast_lora import fast_lora
 from holdtrue.training.objective import TokenTerm, token_objective
-from holdtrue.training.reference import ReferenceOutputs, captured_blocks, reference_outputs
+from holdtrue.training.reference import Reference, ReferenceOutputs, captured_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import Trainer as _Base
+
+    from holdtrue.training.reference_cache import ReferenceCache
 else:
     _Base = object
 
 
 @dataclass
 class MicroStep:
-    """What one forward pass of the policy is told, and the sums that it gives back."""
+    """What one forward pass of the policy is told, and the sums that it gives back.
+
+    Attributes:
+        batch: the rows.
+        wanted: (batch, length) bool, where ``reference`` holds final states.
+        reference: what the frozen model said, or ``None``.
+        counts: what each term covers in the whole window.
+        sums: filled by the pass.
+    """
 
     batch: Batch
+    wanted: Tensor
     reference: ReferenceOutputs | None
     counts: dict[str, float]
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -47,17 +59,27 @@ class DefenseMixin(_Base):
     Args:
         defenses: values, names or mappings as in a spec, in any order.
         kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one.
+        reference_cache: where the reference's states are kept for later epochs and for other runs on the same rows.
+        fast: ``False`` turns the fast paths off, those whose results differ from the plain ones by rounding alone.
 
     Raises:
         NeedError: the model has no LoRA adapter, or its output head is trainable.
         RunError: the model computes its logits in a way that is not known; or, while training, it diverged.
     """
 
-    def __init__(self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        defenses: Sequence[Any] = (),
+        kl_every: int = 0,
+        reference_cache: ReferenceCache | None = None,
+        fast: bool = True,
+        **kwargs: Any,
+    ) -> None:
         from holdtrue.defenses import parse
 
         self.defenses: tuple[Defense, ...] = parse(defenses)
-        self.kl_every = kl_every
+        self.kl_every, self.fast = kl_every, fast
         self._active = [d for d in self.defenses if not (isinstance(d, LossDefense) and d.weight == 0)]
         self._losses = [(d, d.needs()) for d in self._active if isinstance(d, LossDefense)]
         super().__init__(*args, **kwargs)
@@ -67,6 +89,7 @@ class DefenseMixin(_Base):
         count = len(decoder_blocks(self._policy))
         self._blocks = {d.name: tuple(n.blocks(count)) for d, n in self._losses if n.blocks is not None}
         self._captured = sorted({i for indices in self._blocks.values() for i in indices})
+        self._reference = Reference(self._policy, self._captured, cache=reference_cache, share_prefix=fast)
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
         self._window_started = 0.0
@@ -109,8 +132,15 @@ class DefenseMixin(_Base):
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
-        totals = sum((Batch.of(b).counts() for b in batches), torch.zeros(len(COUNTS), dtype=torch.float64))
-        self._counts = dict(zip(COUNTS, self._over_ranks(totals.to(device)), strict=True))
+        if any(needs.sample < 1 for _, needs in self._losses):
+            draw_lots(batches, self.args.seed, self.state.global_step)
+        terms = [(defense.name, needs) for defense, needs in self._losses if needs.tokens is not None]
+        names = [*COUNTS, *(f"defense/{name}" for name, _ in terms)]
+        totals = torch.zeros(len(names), dtype=torch.float64)
+        for each in map(Batch.of, batches):
+            covered = [each.covered(needs, sampled=False).sum().double().cpu() for _, needs in terms]
+            totals += torch.cat([each.counts().cpu(), torch.tensor(covered, dtype=torch.float64)])
+        self._counts = dict(zip(names, self._over_ranks(totals.to(device)), strict=True))
         self._window = {}
         return batches, self._counts["trained"]
 
@@ -118,8 +148,15 @@ class DefenseMixin(_Base):
         """Run one micro-batch forward and backward; after the window's last, the gradient hooks and the metrics."""
         inputs = self._prepare_inputs(inputs)
         batch = Batch.of(inputs)
-        step = MicroStep(batch, self._reference(batch), self._counts)
+        wanted = self._wanted(batch)
+        blocks = any(needs.reference and needs.blocks is not None for _, needs in self._losses)
+        # Asked for on every rank alike, also where this one has no row that is drawn, since ranks add up their sums.
+        asked = self._measured() or any(needs.reference for _, needs in self._losses)
+        outputs = self._reference.outputs(batch, wanted, blocks=blocks) if asked else None
+        step = MicroStep(batch, wanted, outputs, self._counts)
         with contextlib.ExitStack() as stack:
+            if self.fast:
+                stack.enter_context(fast_lora(self._policy))
             for defense in self._active:
                 stack.enter_context(defense.forward(model))
             loss = super().training_step(model, {"holdtrue_step": step}, num_items_in_batch)
@@ -137,7 +174,7 @@ class DefenseMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         step: MicroStep = inputs["holdtrue_step"]
         with self._objective_forward():
-            outputs = model(input_ids=step.batch.input_ids, holdtrue_step=step)
+            outputs = model(input_ids=self._read(step), holdtrue_step=step)
         # DDP averages gradients over ranks; the counts are sums over ranks.
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -165,11 +202,11 @@ class DefenseMixin(_Base):
                 metrics["ce_task"] = _mean(sums["ce_task"], c["trained_task"])
             metrics["ce_safe"] = _mean(sums["ce"] - sums["ce_task"], c["trained"] - c["trained_task"])
         if "kl" in sums:
-            metrics["kl"] = _mean(sums["kl"], c["response"])
+            metrics["kl"] = _mean(sums["kl"], sums["kl_count"])
         for defense, needs in self._losses:
             raw = 0.0
             if needs.tokens is not None:
-                raw += _mean(sums[f"defense/{defense.name}"], c[_count_name(needs)])
+                raw += _mean(sums[f"defense/{defense.name}"], c[f"defense/{defense.name}"] * needs.sample)
             if needs.blocks is not None:
                 raw += _mean(sums[f"features/{defense.name}"], c["examples"])
             metrics[f"{defense.name}_term"] = raw
@@ -184,11 +221,33 @@ class DefenseMixin(_Base):
 
     # The objective of one micro-batch
 
-    def _reference(self, batch: Batch) -> ReferenceOutputs | None:
-        measured = self.kl_every > 0 and self.state.global_step % self.kl_every == 0
-        if not measured and not any(needs.reference for _, needs in self._losses):
-            return None
-        return reference_outputs(self._policy, batch.input_ids, self._captured)
+    def _measured(self) -> bool:
+        """Return whether this step measures the KL to the reference, whoever pays for it."""
+        return self.kl_every > 0 and self.state.global_step % self.kl_every == 0
+
+    def _wanted(self, batch: Batch) -> Tensor:
+        """Return where the reference's final states are read, (batch, length) bool."""
+        wanted = batch.response if self._measured() else torch.zeros_like(batch.mask)
+        for _, needs in self._losses:
+            if needs.tokens is not None and needs.reference:
+                wanted = wanted | batch.covered(needs)
+        return wanted
+
+    def _chosen(self, step: MicroStep) -> Tensor:
+        """Return the positions that reach the output head, (batch, length) bool."""
+        chosen = step.batch.trained | step.wanted
+        for _, needs in self._losses:
+            if needs.tokens is not None:
+                chosen = chosen | step.batch.covered(needs)
+        return chosen
+
+    def _read(self, step: MicroStep) -> Tensor:
+        """Return the tokens that the policy reads: none behind the last position that anybody asks for."""
+        ids = step.batch.input_ids
+        if self._captured or not self.fast:
+            return ids
+        columns = self._chosen(step).any(0).nonzero()
+        return ids[:, : int(columns.max()) + 1] if len(columns) else ids[:, :1]
 
     @contextlib.contextmanager
     def _objective_forward(self) -> Iterator[None]:
@@ -211,21 +270,27 @@ class DefenseMixin(_Base):
         batch, reference, counts = step.batch, step.reference, step.counts
         with captured_blocks(lm, self._captured) as captured:
             hidden = final_hidden(lm, input_ids)
-        covered = "all" if any(n.tokens == "all" for _, n in self._losses) else "response"
-        positions = batch.positions(covered)
-        rows = hidden.flatten(0, 1)[positions.flat]
+        positions = batch.positions(self._chosen(step))
+        referenced = step.wanted[positions.row, positions.column]
+        positions = positions.take(torch.cat([referenced.nonzero(), (~referenced).nonzero()]).squeeze(-1))
         terms = [
-            TokenTerm(d.name, n.tokens, _coefficient(d.weight, counts[_count_name(n)]), d.token_term)
-            for d, n in self._losses
-            if n.tokens is not None
+            TokenTerm(
+                defense.name,
+                batch.covered(needs)[positions.row, positions.column],
+                _coefficient(defense.weight, counts[f"defense/{defense.name}"] * needs.sample),
+                defense.token_term,
+                needs.reference,
+            )
+            for defense, needs in self._losses
+            if needs.tokens is not None
         ]
         loss, sums = token_objective(
-            rows,
+            hidden[positions.row, positions.column],
             self._head,
             positions,
             ce_coefficient=_coefficient(1.0, counts["trained"]),
             terms=terms,
-            reference_hidden=None if reference is None else reference.hidden.flatten(0, 1)[positions.flat],
+            reference_hidden=None if reference is None else reference.hidden,
             vocabulary=self._vocabulary,
         )
         step.sums.update(sums)
@@ -262,14 +327,13 @@ class DefenseMixin(_Base):
             with torch.no_grad():
                 for inputs in batches:
                     batch = Batch.of(self._prepare_inputs(inputs))
-                    positions = batch.positions("response")
-                    reference = reference_outputs(model, batch.input_ids)
+                    positions = batch.positions(batch.response)
                     sums = token_objective(
-                        final_hidden(lm, batch.input_ids).flatten(0, 1)[positions.flat],
+                        final_hidden(lm, batch.input_ids)[positions.row, positions.column],
                         self._head,
                         positions,
                         ce_coefficient=0.0,
-                        reference_hidden=reference.hidden.flatten(0, 1)[positions.flat],
+                        reference_hidden=self._reference.outputs(batch, batch.response).hidden,
                         vocabulary=self._vocabulary,
                     ).sums
                     zero = totals.new_zeros(())
@@ -281,10 +345,6 @@ class DefenseMixin(_Base):
             model.train(training)
         ce, trained, kl, response = self._over_ranks(totals)
         return {"ce": _mean(ce, trained), "kl": _mean(kl, response), "target_tokens": trained}
-
-
-def _count_name(needs: Needs) -> str:
-    return "tokens" if needs.tokens == "all" else "response"
 
 
 def _coefficient(weight: float, count: float) -> float:

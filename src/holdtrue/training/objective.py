@@ -8,13 +8,13 @@ of the hidden states is all that the backward pass needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from holdtrue.defenses.base import Coverage, TokenChunk
+from holdtrue.defenses.base import TokenChunk
 
 LOGITS_PER_CHUNK = 2**21
 """Logits held at once for one model: 8 MiB in float32, whatever the vocabulary."""
@@ -22,12 +22,21 @@ LOGITS_PER_CHUNK = 2**21
 
 @dataclass(frozen=True)
 class TokenTerm:
-    """One defense's token term: its name, its positions, its coefficient (weight / count) and its formula."""
+    """One defense's token term.
+
+    Attributes:
+        name: the defense's.
+        covered: (n,) bool, the positions whose values count.
+        coefficient: weight / count, the factor on the sum of the values.
+        values: the formula.
+        reference: whether the formula reads the reference; then every covered position must have one.
+    """
 
     name: str
-    covers: Coverage
+    covered: Tensor
     coefficient: float
     values: Callable[[TokenChunk], Tensor]
+    reference: bool
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Positions:
     """The positions of a micro-batch that some term covers, flattened to (n,).
 
     Attributes:
-        flat: int64 indices into (batch * length).
+        row, column: int64, where in (batch, length).
         targets: the next token's id, -1 where the row ends.
         trained: cross-entropy covers the position.
         response: the position predicts a response token (of any row, also of those without cross-entropy).
@@ -43,12 +52,17 @@ class Positions:
         kind: the row's kind.
     """
 
-    flat: Tensor
+    row: Tensor
+    column: Tensor
     targets: Tensor
     trained: Tensor
     response: Tensor
     place: Tensor
     kind: Tensor
+
+    def take(self, index: Tensor | slice) -> Positions:
+        """Return the positions ``index`` (int64, bool or a slice), in that order."""
+        return Positions(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
 class TokenResult(NamedTuple):
@@ -56,11 +70,6 @@ class TokenResult(NamedTuple):
 
     loss: Tensor
     sums: dict[str, Tensor]
-
-
-def kl_divergence(policy: Tensor, reference: Tensor) -> Tensor:
-    """Return KL(policy ‖ reference) in nats for each row of two (n, vocabulary) log-probability tensors: (n,)."""
-    return (policy.exp() * (policy - reference)).sum(-1)
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -87,80 +96,110 @@ def token_objective(
         positions: what lies at each of the n positions.
         ce_coefficient: one over the number of trained tokens of the accumulation window; 0 where it holds none.
         terms: the defenses' token terms.
-        reference_hidden: (n, width) the reference's final hidden states, or ``None``.
+        reference_hidden: (m, width) the reference's final hidden states at the first m <= n positions; the others
+            have no reference, and no term that reads it may cover them. ``None``: no position has one.
         chunk: positions in a chunk; by default :func:`chunk_size`.
         vocabulary: width of the logits.
 
     Returns:
-        the loss, and the sums ``ce``, ``kl`` (policy to reference over response positions, where a reference is
-        given) and ``defense/<name>``, in nats.
+        the loss, and the sums ``ce``, ``ce_task``, ``defense/<name>`` and, where a reference is given, ``kl`` (policy
+        to reference over response positions that have a reference) and their number ``kl_count``, in nats.
 
     Log-probabilities are computed in float32, or in float64 where the hidden states are.
     """
+    m = 0 if reference_hidden is None else reference_hidden.shape[0]
+    for term in terms:
+        if term.reference and bool(term.covered[m:].any()):
+            raise ValueError(f"{term.name} covers positions that have no reference")
     step = chunk or chunk_size(vocabulary)
-    names = ["ce", "ce_task", *(["kl"] if reference_hidden is not None else []), *(f"defense/{t.name}" for t in terms)]
-    exact = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
-    sums = {name: torch.zeros((), dtype=exact, device=hidden.device) for name in names}
+    names = [
+        "ce",
+        "ce_task",
+        *(["kl", "kl_count"] if reference_hidden is not None else []),
+        *(f"defense/{t.name}" for t in terms),
+    ]
+    sums = {name: torch.zeros((), dtype=_exact(hidden), device=hidden.device) for name in names}
+    pieces = [slice(a, min(a + step, m)) for a in range(0, m, step)]
+    pieces += [slice(a, min(a + step, hidden.shape[0])) for a in range(m, hidden.shape[0], step)]
 
-    def add(name: str, value: Tensor) -> None:
-        sums[name] += value
-
-    def part(h: Tensor, at: slice) -> Tensor:
-        policy = _log_probabilities(head(h))
-        reference = None
-        if reference_hidden is not None:
-            with torch.no_grad():
+    def part(logits: Tensor, at: slice) -> tuple[Tensor, Tensor | None]:
+        """Return the chunk's loss and its gradient with respect to the logits, where one is wanted."""
+        wanted = torch.is_grad_enabled()
+        with torch.no_grad():
+            policy = _log_probabilities(logits)
+            reference = None
+            if reference_hidden is not None and at.start < m:
                 reference = _log_probabilities(head(reference_hidden[at]))
-        trained, response, kind = positions.trained[at], positions.response[at], positions.kind[at]
-        targets = positions.targets[at]
-        nll = -policy.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        ce = torch.where(trained, nll, 0.0)
-        loss = ce_coefficient * ce.sum()
-        add("ce", ce.detach().sum())
-        add("ce_task", torch.where(kind == 0, ce.detach(), 0.0).sum())
-        if reference is not None:
-            with torch.no_grad():
-                add("kl", torch.where(response, kl_divergence(policy.detach(), reference), 0.0).sum())
-        if terms:
-            view = TokenChunk(policy, reference, targets, trained, positions.place[at], kind)
-            for term in terms:
-                values = term.values(view)
-                if term.covers == "response":
-                    values = torch.where(response, values, 0.0)
-                total = values.sum()
-                loss = loss + term.coefficient * total
-                add(f"defense/{term.name}", total.detach())
-        return loss
+        chunk = positions.take(at)
+        here = [t for t in terms if not t.reference or reference is not None]
+        policy.requires_grad_(wanted and bool(here))
+        view = TokenChunk(policy, reference, chunk.targets, chunk.trained, chunk.place, chunk.kind)
+        total = policy.new_zeros(())
+        for term in here:
+            value = torch.where(term.covered[at], term.values(view), 0.0).sum()
+            sums[f"defense/{term.name}"] += value.detach()
+            total = total + term.coefficient * value
+        gradient = torch.autograd.grad(total, policy)[0] if total.requires_grad else None
+        with torch.no_grad():
+            if reference is not None:
+                sums["kl"] += torch.where(chunk.response, view.divergence.detach(), 0.0).sum()
+                sums["kl_count"] += chunk.response.sum()
+            policy = policy.detach()
+            targets = chunk.targets.clamp_min(0).unsqueeze(-1)
+            ce = torch.where(chunk.trained, -policy.gather(-1, targets).squeeze(-1), 0.0)
+            sums["ce"] += ce.sum()
+            sums["ce_task"] += torch.where(chunk.kind == 0, ce, 0.0).sum()
+            loss = total.detach() + ce_coefficient * ce.sum()
+            if not wanted:
+                return loss, None
+            # The gradient of CE with respect to the log-probabilities has one entry a row; what the softmax makes of
+            # it, and of the terms' gradient, is written down here, for a graph would pass over the logits thrice more.
+            share = (chunk.trained.to(policy.dtype) * ce_coefficient).unsqueeze(-1)
+            if gradient is None:
+                gradient = policy.exp().mul_(share)
+            else:
+                slope = gradient.sum(-1, keepdim=True) - share
+                gradient = torch.addcmul(gradient, policy.exp_(), slope, value=-1.0)
+            return loss, gradient.scatter_add_(-1, targets, -share).to(logits.dtype)
 
-    return TokenResult(_Chunked.apply(hidden, part, step), sums)  # type: ignore[return-value]
+    return TokenResult(_Chunked.apply(hidden, head, part, pieces), sums)  # type: ignore[return-value]
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype == torch.float64 else torch.float32
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return torch.log_softmax(logits.to(_exact(logits)), dim=-1)
 
 
 class _Chunked(torch.autograd.Function):
     """Sum ``part`` over chunks of rows of ``hidden``, and keep the gradient instead of the graph."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, part: Callable[[Tensor, slice], Tensor], step: int) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        part: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]],
+        pieces: Sequence[slice],
+    ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
-        exact = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=exact, device=hidden.device)
+        total = torch.zeros((), dtype=_exact(hidden), device=hidden.device)
         gradient = torch.zeros_like(hidden) if wants_gradient else None
-        for start in range(0, hidden.shape[0], step):
-            at = slice(start, min(start + step, hidden.shape[0]))
-            with torch.set_grad_enabled(wants_gradient):
+        with torch.set_grad_enabled(wants_gradient):
+            for at in pieces:
                 piece = hidden[at].detach().requires_grad_(wants_gradient)
-                loss = part(piece, at)
-            total += loss.detach()
-            if gradient is not None and loss.requires_grad:
-                gradient[at] = torch.autograd.grad(loss, piece)[0]
+                logits = head(piece)
+                loss, slope = part(logits, at)
+                total += loss
+                if gradient is not None and slope is not None:
+                    gradient[at] = torch.autograd.grad(logits, piece, slope)[0]
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None

@@ -3,22 +3,209 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from holdtrue.models import causal_lm, decoder_blocks, without_adapter
 from holdtrue.scoring import final_hidden
+from holdtrue.training.batch import Batch
+
+if TYPE_CHECKING:
+    from holdtrue.training.reference_cache import ReferenceCache
+
+logger = logging.getLogger(__name__)
+
+SHORTEST_PREFIX = 8
+"""Tokens that rows must share at their start before the reference reads them once for all."""
 
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """``hidden``: (batch, length, width) final states after the final norm. ``blocks``: index -> block outputs."""
+    """What the reference said of a micro-batch.
+
+    Attributes:
+        hidden: (m, width) final states after the final norm, at the wanted positions in reading order.
+        blocks: index -> (batch, length, width) block outputs, zero at padding; empty unless asked for.
+    """
 
     hidden: Tensor
     blocks: dict[int, Tensor]
+
+
+class _States(NamedTuple):
+    """``hidden``: (rows, length, width). ``blocks``: index -> the same shape."""
+
+    hidden: Tensor
+    blocks: dict[int, Tensor]
+
+
+class _Prefix(NamedTuple):
+    """The start that all rows share: ``ids`` (length,), each layer's keys and values (1, …), and ``states``."""
+
+    ids: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    states: _States
+
+
+class Reference:
+    """Runs the reference at the rows and up to the positions that are wanted, and no further.
+
+    The rows of one data set start alike, with the chat template's system prompt. That start is read once: the frozen
+    model's keys and values there are kept, and later passes begin behind it. The first such pass is compared with a
+    whole one; a model of which they differ (one whose attention looks ahead, say) is run whole from then on.
+
+    Args:
+        model: the policy, with an adapter that can be switched off.
+        blocks: the decoder blocks whose outputs may be asked for.
+        cache: where states are looked up before they are computed, and kept.
+        share_prefix: ``False`` reads every row from its first token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[int] = (),
+        *,
+        cache: ReferenceCache | None = None,
+        share_prefix: bool = True,
+    ) -> None:
+        self._model, self._blocks, self._cache = model, tuple(blocks), cache
+        self._share, self._checked = share_prefix, False
+        self._prefix: _Prefix | None = None
+
+    def outputs(self, batch: Batch, wanted: Tensor, *, blocks: bool = False) -> ReferenceOutputs:
+        """Return the final states at ``wanted``, (batch, length) bool, and with ``blocks`` also the blocks' outputs.
+
+        The model is left in the modes it was in; nothing here has a gradient.
+        """
+        with torch.no_grad():
+            needed = batch.mask if blocks else wanted
+            rows = needed.any(1).nonzero().squeeze(-1).tolist()
+            lengths = batch.mask.sum(1).tolist()
+            indices = self._blocks if blocks else ()
+            found: dict[int, list[Tensor]] = {} if self._cache is None else self._recall(batch, wanted, rows, indices)
+            missing = [row for row in rows if row not in found]
+            if missing:
+                length = int(needed[missing].any(0).nonzero().max()) + 1
+                states = self._run(batch.input_ids[missing, :length], [lengths[r] for r in missing], indices)
+                for i, row in enumerate(missing):
+                    final = states.hidden[i][wanted[row, :length]]
+                    found[row] = [final, *(states.blocks[b][i, : lengths[row]] for b in indices)]
+                if self._cache is not None:
+                    self._keep(batch, wanted, {row: found[row] for row in missing}, indices)
+            device = batch.input_ids.device
+            width = causal_lm(self._model).config.get_text_config().hidden_size
+            hidden = [found[row][0].to(device) for row in rows]
+            whole = {
+                index: _stacked([(row, found[row][1 + k]) for row in rows], batch, width)
+                for k, index in enumerate(indices)
+            }
+            return ReferenceOutputs(torch.cat(hidden) if hidden else torch.zeros(0, width, device=device), whole)
+
+    # What was seen before
+
+    def _keys(self, batch: Batch, wanted: Tensor, row: int, indices: Sequence[int]) -> list[bytes]:
+        assert self._cache is not None
+        ids = batch.input_ids[row][batch.mask[row]].cpu().numpy()
+        final = wanted[row].nonzero().squeeze(-1).cpu().numpy()
+        everywhere = batch.mask[row].nonzero().squeeze(-1).cpu().numpy()
+        return [
+            self._cache.key("final", ids, final),
+            *(self._cache.key(f"block:{index}", ids, everywhere) for index in indices),
+        ]
+
+    def _recall(
+        self, batch: Batch, wanted: Tensor, rows: Sequence[int], indices: Sequence[int]
+    ) -> dict[int, list[Tensor]]:
+        assert self._cache is not None
+        keys = {row: self._keys(batch, wanted, row, indices) for row in rows}
+        stored = iter(self._cache.get_many([key for row in rows for key in keys[row]]))
+        found = {row: [next(stored) for _ in keys[row]] for row in rows}
+        whole = {row: [state for state in states if state is not None] for row, states in found.items()}
+        return {row: states for row, states in whole.items() if len(states) == 1 + len(indices)}
+
+    def _keep(self, batch: Batch, wanted: Tensor, found: dict[int, list[Tensor]], indices: Sequence[int]) -> None:
+        assert self._cache is not None
+        items = {
+            key: state.cpu()
+            for row, states in found.items()
+            for key, state in zip(self._keys(batch, wanted, row, indices), states, strict=True)
+        }
+        self._cache.put_many(items)
+
+    # Running it
+
+    def _run(self, ids: Tensor, lengths: Sequence[int], indices: Sequence[int]) -> _States:
+        with without_adapter(self._model):
+            shared = self._shared(ids, lengths) if self._share else 0
+            if shared < SHORTEST_PREFIX:
+                return self._whole(ids, indices)
+            states = self._behind(ids, shared, indices)
+            if not self._checked:
+                whole = self._whole(ids, indices)
+                if not _agree(states, whole, lengths):
+                    logger.info("the reference reads every row whole: its states differ behind a shared start")
+                    self._share, self._prefix = False, None
+                    return whole
+                self._checked = True
+            return states
+
+    def _whole(self, ids: Tensor, indices: Sequence[int]) -> _States:
+        with captured_blocks(self._model, indices) as outputs:
+            return _States(final_hidden(causal_lm(self._model), ids), outputs)
+
+    def _shared(self, ids: Tensor, lengths: Sequence[int]) -> int:
+        """Return how many tokens these rows share with the kept prefix, made here if none fits; 0 if too few."""
+        most = min(min(lengths), ids.shape[1]) - 1
+
+        def common(start: Tensor) -> int:
+            end = min(most, len(start))
+            differs = (ids[:, :end] != start[:end]).any(0).nonzero()
+            return int(differs[0]) if len(differs) else end
+
+        shared = 0 if self._prefix is None else common(self._prefix.ids)
+        if shared >= SHORTEST_PREFIX:
+            return shared
+        shared = common(ids[0])
+        if shared < SHORTEST_PREFIX:
+            return 0
+        cache = DynamicCache(config=causal_lm(self._model).config)
+        with captured_blocks(self._model, self._blocks) as outputs:
+            hidden = self._decoder(ids[:1, :shared], cache)
+        layers: list[Any] = list(cache.layers)
+        if any(type(layer) is not DynamicLayer for layer in layers):  # a window or a running state has no prefix
+            self._share = False
+            return 0
+        kept = [(layer.keys, layer.values) for layer in layers]
+        self._prefix = _Prefix(ids[0, :shared], kept, _States(hidden, outputs))
+        return shared
+
+    def _behind(self, ids: Tensor, shared: int, indices: Sequence[int]) -> _States:
+        assert self._prefix is not None
+        rows = ids.shape[0]
+        cache = DynamicCache(config=causal_lm(self._model).config)
+        for index, (keys, values) in enumerate(self._prefix.layers):
+            keys, values = (x[:, :, :shared].expand(rows, -1, -1, -1) for x in (keys, values))
+            cache.update(keys, values, index)
+        with captured_blocks(self._model, indices) as outputs:
+            rest = self._decoder(ids[:, shared:], cache)
+
+        def joined(start: Tensor, end: Tensor) -> Tensor:
+            return torch.cat([start[:, :shared].expand(rows, -1, -1), end], 1)
+
+        start = self._prefix.states
+        return _States(joined(start.hidden, rest), {i: joined(start.blocks[i], outputs[i]) for i in indices})
+
+    def _decoder(self, ids: Tensor, cache: DynamicCache) -> Tensor:
+        decoder: Any = causal_lm(self._model).get_decoder()
+        return decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 @contextlib.contextmanager
@@ -41,8 +228,22 @@ def captured_blocks(model: nn.Module, indices: Sequence[int]) -> Iterator[dict[i
             handle.remove()
 
 
-def reference_outputs(model: nn.Module, input_ids: Tensor, blocks: Sequence[int] = ()) -> ReferenceOutputs:
-    """Run the model with its adapter off, without dropout or gradient, and leave it as it was found."""
-    with without_adapter(model), captured_blocks(model, blocks) as outputs:
-        hidden = final_hidden(causal_lm(model), input_ids)
-    return ReferenceOutputs(hidden, outputs)
+def _agree(some: _States, other: _States, lengths: Sequence[int]) -> bool:
+    """Compare two passes at the rows' own positions, to a hundred units of rounding at the states' size."""
+    real = torch.zeros(some.hidden.shape[:2], dtype=torch.bool, device=some.hidden.device)
+    for row, length in enumerate(lengths):
+        real[row, :length] = True
+    for a, b in ((some.hidden, other.hidden), *((some.blocks[i], other.blocks[i]) for i in some.blocks)):
+        gap, size = (a - b)[real].abs().max(), b[real].abs().max()
+        if not gap <= 100 * torch.finfo(a.dtype).eps * size:
+            return False
+    return True
+
+
+def _stacked(states: Sequence[tuple[int, Tensor]], batch: Batch, width: int) -> Tensor:
+    """Lay rows' block outputs out as (batch, length, width), zero elsewhere."""
+    dtype = states[0][1].dtype if states else torch.float32
+    whole = torch.zeros(*batch.input_ids.shape, width, dtype=dtype, device=batch.input_ids.device)
+    for row, state in states:
+        whole[row, : len(state)] = state.to(whole.device)
+    return whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from holdtrue.errors import SpecError
@@ -23,8 +22,8 @@ class DefendedSFTTrainer(DefenseMixin, SFTTrainer):
             another ``loss_type`` than ``nll``.
     """
 
-    def __init__(self, *args: Any, defenses: Sequence[Any] = (), kl_every: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, defenses=defenses, kl_every=kl_every, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         config: Any = self.args
         if config.packing or config.padding_free:
             raise SpecError("defenses need padded batches: set packing=False and padding_free=False")

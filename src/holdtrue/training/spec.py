@@ -39,6 +39,8 @@ class TrainingSpec(BaseModel):
         eval_every: optimizer steps between measurements of the validation loss; 0 measures at the end only.
         kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one;
             0 turns them off.
+        reference_cache: GiB on disk for the frozen reference's states, kept for later epochs and for other runs on the
+            same rows; 0 keeps nothing.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
         report_to: experiment trackers that receive the metrics (``tensorboard``, ``wandb``, ``mlflow``, ``trackio``).
     """
@@ -57,6 +59,7 @@ class TrainingSpec(BaseModel):
     save_every: PositiveInt = 50
     eval_every: NonNegativeInt = 0
     kl_every: NonNegativeInt = 10
+    reference_cache: NonNegativeFloat = 0.0
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
 

@@ -1,0 +1,134 @@
+"""The reference's passes: behind a shared start, and through the cache, they say what a whole pass says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdtrue.models import causal_lm, without_adapter
+from holdtrue.training.batch import Batch
+from holdtrue.training.reference import SHORTEST_PREFIX, Reference, captured_blocks
+from holdtrue.training.reference_cache import ReferenceCache
+from support import small_model
+
+MODEL = small_model()
+BLOCKS = (0, 2)
+
+
+def batch_of(rows: list[list[int]], prompt: int = 3) -> Batch:
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[:, :prompt] = -100
+    return Batch.of({"input_ids": ids, "labels": labels, "attention_mask": mask})
+
+
+def whole(batch: Batch, wanted: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    with without_adapter(MODEL), captured_blocks(MODEL, BLOCKS) as outputs:
+        hidden = causal_lm(MODEL).get_decoder()(input_ids=batch.input_ids).last_hidden_state
+    return hidden[wanted], {i: o * batch.mask.unsqueeze(-1) for i, o in outputs.items()}
+
+
+def check(reference: Reference, batch: Batch, wanted: torch.Tensor, blocks: bool) -> None:
+    found = reference.outputs(batch, wanted, blocks=blocks)
+    hidden, outputs = whole(batch, wanted)
+    torch.testing.assert_close(found.hidden, hidden, atol=2e-5, rtol=1e-5)
+    assert set(found.blocks) == (set(BLOCKS) if blocks else set())
+    for index, output in found.blocks.items():
+        torch.testing.assert_close(output, outputs[index], atol=2e-5, rtol=1e-5)
+
+
+def tokens_read(work: Any) -> int:
+    """Return how many tokens the decoder reads while ``work`` runs."""
+    read: list[int] = []
+    decoder = causal_lm(MODEL).get_decoder()
+    handle = decoder.register_forward_pre_hook(
+        lambda _, __, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        work()
+    finally:
+        handle.remove()
+    return sum(read)
+
+
+row = st.lists(st.integers(1, 499), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batches=st.lists(
+        st.lists(st.tuples(st.sampled_from([0, 3, 9, 14]), row), min_size=1, max_size=4), min_size=1, max_size=4
+    ),
+    everywhere=st.booleans(),
+    blocks=st.booleans(),
+)
+def test_equals_a_whole_pass_whatever_rows_share(batches, everywhere, blocks):
+    start = list(range(100, 114))
+    reference = Reference(MODEL, BLOCKS)
+    for rows in batches:
+        batch = batch_of([start[:shared] + rest for shared, rest in rows])
+        check(reference, batch, batch.mask if everywhere else batch.response, blocks)
+
+
+def test_the_shared_start_is_read_once():
+    start, reference = list(range(50, 70)), Reference(MODEL)
+    batches = [batch_of([[*start, *range(a, a + 5)], [*start, *range(a + 7, a + 10)]]) for a in (80, 120, 160)]
+
+    def work(batch: Batch) -> Any:
+        return lambda: reference.outputs(batch, batch.mask)
+
+    first = tokens_read(work(batches[0]))
+    assert first == 20 + 2 * 5 + 2 * 25  # the start, what follows it, and the comparison with a whole pass
+    assert tokens_read(work(batches[1])) == 2 * 5
+    assert tokens_read(work(batches[2])) == 2 * 5
+    short = Reference(MODEL)
+    few = batch_of([[*start[: SHORTEST_PREFIX - 1], 300, 301], [*start[: SHORTEST_PREFIX - 1], 400]])
+    assert tokens_read(lambda: short.outputs(few, few.mask)) == few.mask.numel()
+    off = Reference(MODEL, share_prefix=False)
+    assert tokens_read(lambda: off.outputs(batches[0], batches[0].mask)) == batches[0].mask.numel()
+
+
+def test_rows_and_positions_that_nobody_wants_are_not_read():
+    reference = Reference(MODEL, share_prefix=False)
+    batch = batch_of([list(range(1, 11)), list(range(20, 40)), list(range(60, 66))])
+    wanted = torch.zeros_like(batch.mask)
+    wanted[0, 4] = wanted[2, 2] = True
+    assert tokens_read(lambda: check(reference, batch, wanted, blocks=False)) == 2 * 5 + batch.mask.numel()
+    nothing = torch.zeros_like(batch.mask)
+    assert tokens_read(lambda: reference.outputs(batch, nothing)) == 0
+    assert reference.outputs(batch, nothing).hidden.shape == (0, 32)
+
+
+def test_a_model_that_looks_ahead_is_read_whole(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    decoder = causal_lm(MODEL).get_decoder()
+    handle = decoder.embed_tokens.register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
+    try:
+        reference, start = Reference(MODEL, BLOCKS), list(range(50, 70))
+        batch = batch_of([[*start, 90, 91, 92], [*start, 95, 96, 97]])
+        with caplog.at_level("INFO", logger="holdtrue"):
+            for _ in range(2):
+                check(reference, batch, batch.mask, blocks=True)
+        assert "reads every row whole" in caplog.text
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_is_cached_is_not_run_again(tmp_path, blocks):
+    batch = batch_of([list(range(1, 11)), list(range(20, 40)), list(range(60, 66))])
+    partly = torch.tensor([[True], [False], [True]])
+    with ReferenceCache(tmp_path, limit_bytes=10**7, namespace="small") as cache:
+        reference = Reference(MODEL, BLOCKS, cache=cache)
+        first = tokens_read(lambda: reference.outputs(batch, batch.response & partly, blocks=False))
+        assert 0 < first < batch.mask.numel()
+        check(reference, batch, batch.response, blocks)
+        assert tokens_read(lambda: reference.outputs(batch, batch.response, blocks=blocks)) == 0
+        check(Reference(MODEL, BLOCKS, cache=cache), batch, batch.response, blocks)
+        elsewhere = tokens_read(lambda: reference.outputs(batch, batch.mask, blocks=blocks))
+        assert elsewhere == batch.mask.numel()  # other positions are other entries
