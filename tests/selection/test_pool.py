@@ -31,8 +31,7 @@ def naive(file: Path, source: ModelSource, adapter: Path | None) -> list[float]:
         read = read_adapter(adapter)
         for module, scaling in read.scaling.items():
             b, a = read.factors(module)
-            weight = model.get_submodule(module).weight
-            weight.data += scaling * (b.double() @ a.double())
+            model.get_parameter(f"{module}.weight").data += scaling * (b.double() @ a.double())
     encoder, found = ChatEncoder(load_tokenizer(source), max_length=128), []
     for row in read_chat(file):
         (sequence,) = encoder.encode(row)
