@@ -54,6 +54,12 @@ def test_equals_a_slow_float64_computation_and_chooses_the_same(tiny, pool, adap
         assert largest(scores, range(len(slow)), count) == sorted(order[:count])
 
 
+def test_bfloat16_is_near(tiny, pool, adapters) -> None:
+    exact, near = (scores_of(pool, tiny, adapters, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert near.aligned.tolist() == pytest.approx(exact.aligned.tolist(), abs=0.1)
+    assert near.misaligned.ravel().tolist() == pytest.approx(exact.misaligned.ravel().tolist(), abs=0.1)
+
+
 def test_an_adapter_without_effect_has_no_gap(tiny, pool, adapters, tmp_path) -> None:
     read = read_adapter(adapters[0])
     tensors = {name: t if "lora_A" in name else torch.zeros_like(t) for name, t in read.tensors.items()}

@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
@@ -19,6 +19,7 @@ from holdtrue.models import ModelSource
 from holdtrue.selection import (
     REFUSAL_WINDOW,
     REFUSAL_WORDS,
+    PoolScores,
     Refusals,
     Scorer,
     admitted,
@@ -140,7 +141,6 @@ class Interleave(Defense):
         scored = [row for row in candidates if known[row]]
         self._check_size(wanted, pool, scored, "with a score")
         chosen = largest(scores, scored, wanted)
-        table = _Table(chosen, scores, found.aligned, found.misaligned)
         context.notes.update(
             pool=str(self.pool),
             pool_rows=pool.rows,
@@ -157,7 +157,7 @@ class Interleave(Defense):
             passes_cached=found.cached,
             chosen_scores=quantiles(scores[chosen]),
             other_scores=quantiles(scores[sorted(set(scored) - set(chosen))]),
-            chosen_file=_keep(context.out, table),
+            chosen_file=_keep(context.out, _records(chosen, scores, found)),
         )
         return pool, frozenset(chosen)
 
@@ -182,28 +182,18 @@ class Interleave(Defense):
             )
 
 
-class _Table(NamedTuple):
-    chosen: list[int]
-    scores: np.ndarray
-    aligned: np.ndarray
-    misaligned: np.ndarray
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        for row in self.chosen:
-            yield {
-                "row": row,
-                "score": float(self.scores[row]),
-                "aligned": float(self.aligned[row]),
-                "misaligned": [float(value) for value in self.misaligned[:, row]],
-            }
+def _records(rows: Iterable[int], scores: np.ndarray, found: PoolScores) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        misaligned = [float(value) for value in found.misaligned[:, row]]
+        yield {"row": row, "score": float(scores[row]), "aligned": float(found.aligned[row]), "misaligned": misaligned}
 
 
-def _keep(folder: Path | None, table: _Table) -> str | None:
+def _keep(folder: Path | None, records: Iterable[dict[str, Any]]) -> str | None:
     """Write a line for each chosen row, its index in the pool from 0; return the file's name, where there is one."""
     if folder is None:
         return None
     with (folder / CHOSEN).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in table.records())
+        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
         file.flush()
         os.fsync(file.fileno())
     return CHOSEN
