@@ -141,7 +141,8 @@ def test_the_command_page_has_every_command_and_option():
     for name, command in commands.items():
         section = re.search(rf"^## {name}$(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
         assert section, f"docs/cli.md has no section on {name}"
-        for parameter in command.params:
+        parts = [command, *getattr(command, "commands", {}).values()]
+        for parameter in [parameter for part in parts for parameter in part.params]:
             for option in [o for o in parameter.opts if o.startswith("--") and o != "--help"]:
                 assert f"`{option}`" in section[1], f"{name} {option}"
     assert set(re.findall(r"^\| \[`(\w+)", text, flags=re.MULTILINE)) == set(commands)

@@ -50,7 +50,7 @@ def test_help_takes_less_than_a_second() -> None:
 def test_help_names_every_command(capfd: Capture) -> None:
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
-    for command in ("train", "resume", "eval", "compare", "defenses", "models", "demo"):
+    for command in ("train", "resume", "eval", "compare", "defenses", "models", "scorers", "demo"):
         assert command in text
         assert main([command, "--help"]) == 0
 
@@ -67,6 +67,8 @@ def test_help_names_every_command(capfd: Capture) -> None:
         ["compare", "no-such-run"],
         ["defenses", "nothing"],
         ["demo", "--quick", "--full"],
+        ["scorers", "build"],
+        ["scorers", "list", "no-such-folder"],
         ["eval"],
         ["eval", "smollm2-135m-instruct", "--data", "x.jsonl"],
         ["eval", "smollm2-135m-instruct", "--suite", "nothing"],

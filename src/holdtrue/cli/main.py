@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from holdtrue.cli import demo, evaluate, listing, train
+from holdtrue.cli import demo, evaluate, listing, scorers, train
 from holdtrue.cli.output import Result, say, set_up_logging, show, stdout_kept
 from holdtrue.errors import HoldtrueError, Interrupted
 
@@ -36,6 +36,7 @@ app.command("judge")(evaluate.judge)
 app.command("samples")(evaluate.samples)
 app.command("defenses")(listing.defenses)
 app.command("models")(listing.models)
+app.add_typer(scorers.app, name="scorers")
 app.command("demo")(demo.demo)
 
 

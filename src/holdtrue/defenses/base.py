@@ -95,12 +95,27 @@ class Features:
 
 @dataclass(frozen=True)
 class RowsContext:
-    """Given to ``rows``: the number of task rows, the run's seed, where relative paths start, and a place for notes."""
+    """Given to ``rows``: what of the run a choice of rows may depend on, and a place for notes.
+
+    Attributes:
+        task_rows: the number of task rows.
+        seed: the run's.
+        folder: where relative paths of the spec start.
+        notes: filled by the hook with what it did; kept in the run's manifest.
+        model: the resolved base model, for a defense that scores rows; ``None`` outside a run.
+        max_length: tokens after which rows are cut.
+        out: a folder of the run in which the hook may leave a file of its own name; ``None`` outside a run.
+        progress: called with (done, total) while the hook works before its first row; what it raises stops the run.
+    """
 
     task_rows: int
     seed: int
     folder: Path
     notes: dict[str, Any] = field(default_factory=dict)
+    model: ModelSource | None = None
+    max_length: int | None = None
+    out: Path | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,7 @@ class RunContext:
         blocks: the number of decoder blocks.
         folder: where relative paths of the spec start.
         notes: filled by a hook with what it did; kept in the run.
+        task_rows: the number of task rows; ``None`` where rows are no concern.
     """
 
     model: ModelSource
@@ -120,6 +136,7 @@ class RunContext:
     blocks: int
     folder: Path
     notes: dict[str, Any] = field(default_factory=dict)
+    task_rows: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from holdtrue.runs.control import Control, Progress, rank
 from holdtrue.runs.directory import STAGES, Run, is_run
 from holdtrue.runs.evaluate import Target, brief, evaluate_endpoint, evaluate_run, evaluate_target, sample_files
 from holdtrue.runs.gate import GateReport, gate_run
+from holdtrue.runs.scorers import build_scorers, domains_of
 from holdtrue.runs.spec import RunSpec, load_spec
 from holdtrue.runs.stages import execute
 from holdtrue.runs.tasks import Options, options_of
@@ -22,8 +23,10 @@ __all__ = [
     "RunSpec",
     "Target",
     "brief",
+    "build_scorers",
     "compare_runs",
     "default_out",
+    "domains_of",
     "evaluate_endpoint",
     "evaluate_run",
     "evaluate_target",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,8 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
     source = resolve(spec.model, spec.revision)
     notes: dict[str, dict[str, Any]] = {defense.name: {} for defense in spec.defenses}
     if spec.defenses:
-        context = run_context(run, source)
+        task_rows = splits["train"].rows - spec.data.holdout
+        context = dataclasses.replace(run_context(run, source), task_rows=task_rows)
         for defense in spec.defenses:
             defense.preflight(dataclasses.replace(context, notes=notes[defense.name]))
     control.check(run.path)
@@ -121,12 +122,16 @@ def _encode(
                     seed=spec.training.seed,
                     folder=spec.folder,
                     notes=notes[defense.name],
+                    model=source,
+                    max_length=spec.training.max_length,
+                    out=run.path / "data",
+                    progress=_progress(run, control, defense.name),
                 )
                 rows = defense.rows(rows, context)
         watched = control.watch(rows, run.path, "prepare", summary.rows if split == "train" else None)
         prepared = prepare_rows(watched, encoder, run.path / "data" / split)
         _check_something_left(Path(summary.path), prepared)
-        files.sync_tree(run.path / "data" / split)
+        files.sync_tree(run.path / "data")
         entries[split] = {
             "path": str(summary.path),
             "sha256": summary.sha256,
@@ -135,6 +140,14 @@ def _encode(
             **_as_dict(prepared),
         }
     return entries
+
+
+def _progress(run: Run, control: Control, name: str) -> Callable[[int, int], None]:
+    def tell(done: int, total: int) -> None:
+        control.check(run.path)
+        control.tell("prepare", what=f"{name} scores rows", done=done, total=total)
+
+    return tell
 
 
 def held_out_rows(spec: RunSpec, rows: int) -> frozenset[int]:
@@ -153,14 +166,15 @@ def _split_off(run: Run, summary: ChatSummary) -> None:
 
     chosen = held_out_rows(run.spec, summary.rows)
     lines = [
-        json.dumps({"messages": [_message(message) for message in row.messages]}, ensure_ascii=False)
+        json.dumps({"messages": [message_record(message) for message in row.messages]}, ensure_ascii=False)
         for index, row in enumerate(read_chat(summary.path))
         if index in chosen
     ]
     files.write_text(run.path / HOLDOUT, "".join(f"{line}\n" for line in lines))
 
 
-def _message(message: Message) -> dict[str, Any]:
+def message_record(message: Message) -> dict[str, Any]:
+    """Return a message as a chat file has it."""
     weight = {} if message.weight else {"weight": 0}
     return {"role": message.role, "content": message.content, **weight}
 

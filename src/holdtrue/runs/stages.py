@@ -28,8 +28,8 @@ _WORK: dict[Stage, Callable[[Run, Control], dict[str, Any]]] = {
 }
 
 
-def execute(run: Run, control: Control | None = None) -> bool:
-    """Do what is left of a run; return whether there was anything to do.
+def execute(run: Run, control: Control | None = None, *, until: Stage = STAGES[-1]) -> bool:
+    """Do what is left of a run, up to and with the stage ``until``; return whether there was anything to do.
 
     With several processes (torchrun), all train together and the first does the rest.
 
@@ -41,10 +41,10 @@ def execute(run: Run, control: Control | None = None) -> bool:
     control = control or Control()
     if rank():
         return _help(run, control)
-    if run.is_done(STAGES[-1]):
+    if run.is_done(until):
         return False
     with run.lock(), files.disk_errors(run.path):
-        for stage in STAGES:
+        for stage in STAGES[: STAGES.index(until) + 1]:
             if run.is_done(stage):
                 continue
             control.check(run.path)
