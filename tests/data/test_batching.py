@@ -31,6 +31,26 @@ def test_steps_hold_the_same_rows_however_they_are_split(lengths, seed, ranks, m
         assert all(len(piece) <= micro for p in parts for piece in p)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    task=st.integers(1, 60), riding=st.integers(0, 60), micro=st.sampled_from([1, 2, 4]), ranks=st.sampled_from([1, 2])
+)
+def test_pool_rows_ride_along_and_change_nothing_else(task, riding, micro, ranks):
+    lengths = np.random.default_rng(3).integers(1, 50, task + riding)
+    kinds = [0] * task + [2] * riding
+    alone = list(sampler(lengths[:task], micro=16).batches())
+    parts = [list(sampler(lengths, kinds, micro=micro, ranks=ranks, rank=r)) for r in range(ranks)]
+    per_step = 16 // (micro * ranks)
+    seen = []
+    for step, rows in enumerate(alone):
+        found = [i for p in parts for piece in p[step * per_step : (step + 1) * per_step] for i in piece if i != GHOST]
+        assert sorted(i for i in found if i < task) == sorted(rows)
+        others = [i for i in found if i >= task]
+        assert abs(len(others) - riding / len(alone)) < 1
+        seen += others
+    assert sorted(seen) == list(range(task, task + riding))
+
+
 def test_epochs_differ_and_repeat():
     s = sampler(np.random.default_rng(0).integers(10, 90, 100))
     first = list(s)

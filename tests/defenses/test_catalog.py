@@ -25,7 +25,8 @@ def test_each_is_described(name):
 
 def test_the_papers_defaults():
     (kl,) = parse(["kl"])
-    assert kl.model_dump() == {"weight": 0.1, "direction": "policy||reference", "tokens": "all"}
+    paper = {"weight": 0.1, "direction": "policy||reference", "tokens": "all", "on": "task", "sample": 1.0}
+    assert paper.items() <= kl.model_dump().items()
 
 
 def test_order_is_canonical():
@@ -43,6 +44,7 @@ def test_order_is_canonical():
         ([{"kl": {"weight": float("nan")}}], "defenses.kl.weight"),
         ([{"kl": {"direction": "sideways"}}], "defenses.kl.direction"),
         (["kl", {"kl": {}}], "twice"),
+        ([{"kl": {"pool": "x.jsonl"}}], "no effect with on: task"),
         ([{"kl": {}, "ldifs": {}}], "neither a name nor"),
         ([{"kl": 3}], "expected parameters"),
         ([{"interleave": {"fraction": 1.5}}], "defenses.interleave.fraction"),

@@ -3,7 +3,8 @@
 The order is drawn in three moves. Rows are shuffled, with the rows of other kinds spread evenly among the task rows.
 The order is cut into windows of some tens of rows, and only inside a window rows are sorted by length and cut into
 optimizer batches, which are shuffled. Last, a batch is cut into micro-batches and dealt to the ranks. So what an
-optimizer step sees depends on the seed, the epoch and the batch size alone.
+optimizer step sees depends on the seed, the epoch and the batch size alone. Rows that only a defense reads (kind
+``pool``) ride along: a batch holds ``batch_size`` of the others, and its share of these.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 IGNORED = -100
+RIDING = 2
+"""The kind ``pool`` of ``holdtrue.data.KINDS``: rows that a step reads beside its batch."""
 GHOST = -1
 """The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""
 
@@ -33,9 +36,9 @@ class WindowSampler(Sampler[list[int]]):
 
     Args:
         lengths: tokens of each row.
-        kinds: the kind of each row; rows of kind 0 are task rows.
+        kinds: the kind of each row; rows of kind 0 are task rows, those of kind ``RIDING`` ride along.
         batch_size: rows of an optimizer step over all ranks; a multiple of ``micro_batch_size * ranks``.
-        micro_batch_size: rows of a micro-batch.
+        micro_batch_size: rows of a micro-batch, those that ride along not counted.
         seed: of the order, together with the epoch.
         rank, ranks: this process and how many there are.
         window: rows that are sorted together; rounded up to whole batches.
@@ -71,13 +74,13 @@ class WindowSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        rows = len(self.lengths)
+        rows = int((self.kinds != RIDING).sum())
         whole, rest = divmod(rows, self.batch_size)
         per_batch = self.batch_size // (self.micro_batch_size * self.ranks)
         return whole * per_batch + -(-rest // (self.micro_batch_size * self.ranks))
 
     def batches(self) -> Iterator[list[int]]:
-        """Yield the rows of each optimizer step, over all ranks."""
+        """Yield the rows of each optimizer step, over all ranks, without those that ride along."""
         random = np.random.default_rng((self.seed, self.epoch))
         order = self._order(random)
         for start in range(0, len(order), self.window):
@@ -92,17 +95,27 @@ class WindowSampler(Sampler[list[int]]):
             yield from groups[len(full) :]
 
     def __iter__(self) -> Iterator[list[int]]:
+        riders = self._riders()
         for rows in self.batches():
             count = -(-len(rows) // (self.micro_batch_size * self.ranks)) * self.ranks
+            if riding := next(riders):
+                rows = sorted([*rows, *riding], key=lambda row: self.lengths[row])
             pieces = [part.tolist() for part in np.array_split(np.asarray(rows), count)]
             for piece in pieces[self.rank :: self.ranks]:
                 yield piece or [GHOST]
 
+    def _riders(self) -> Iterator[list[int]]:
+        """Yield the rows that ride along with each optimizer step of the epoch."""
+        riding = np.flatnonzero(self.kinds == RIDING)
+        steps = -(-int((self.kinds != RIDING).sum()) // self.batch_size)
+        random = np.random.default_rng((self.seed, self.epoch, RIDING))
+        yield from (part.tolist() for part in np.array_split(random.permutation(riding), max(1, steps)))
+
     def _order(self, random: np.random.Generator) -> np.ndarray:
-        everything = np.arange(len(self.lengths))
+        everything = np.flatnonzero(self.kinds != RIDING)
         if not self.shuffle:
             return everything
-        task, other = everything[self.kinds == 0], everything[self.kinds != 0]
+        task, other = everything[self.kinds[everything] == 0], everything[self.kinds[everything] != 0]
         merged = spread_evenly(random.permutation(task).tolist(), random.permutation(other).tolist())
         return np.asarray(merged, dtype=np.int64)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from holdtrue.data import ChatRow, ChatSummary, read_chat, resolve_data, validate_chat
 from holdtrue.defenses.base import Defense, RowsContext, RunContext
+from holdtrue.defenses.pool import check_pool, drawn_rows, wanted_rows
 from holdtrue.errors import NeedError
 from holdtrue.models import ModelSource
 from holdtrue.selection import (
@@ -85,12 +85,7 @@ class Interleave(Defense):
     def preflight(self, context: RunContext) -> None:
         if self.fraction == 0:
             return
-        path = resolve_data(self.pool, context.folder)
-        if not path.is_file():
-            raise NeedError(
-                f"interleave needs a pool of safe rows and {path} does not exist: give a chat file, or builtin:pool"
-            )
-        pool = validate_chat(path)
+        pool = check_pool(self.pool, context.folder, "interleave needs a pool of safe rows")
         if self.select == "random":
             return
         self._admitted(context.folder, context.model)
@@ -110,23 +105,12 @@ class Interleave(Defense):
             yield from self._drawn(wanted, context)
 
     def _wanted(self, task_rows: int) -> int:
-        return max(round(self.fraction * task_rows), 1) if self.fraction > 0 else 0
+        return wanted_rows(self.fraction, task_rows)
 
     def _drawn(self, wanted: int, context: RowsContext) -> Iterator[ChatRow]:
-        path = resolve_data(self.pool, context.folder)
-        size = validate_chat(path).rows
-        draw = random.Random(f"{context.seed if self.seed is None else self.seed}/{self.name}")
-        times, rest = divmod(wanted, size)
-        once_more = set(draw.sample(range(size), rest))
-        context.notes.update(
-            pool=str(self.pool),
-            pool_rows=size,
-            rows=wanted,
-            repeated_rows=max(0, wanted - size),
-            fraction=self.fraction,
-        )
-        for index, row in enumerate(read_chat(path, kind="safe")):
-            yield from [row] * (times + (index in once_more))
+        draw = f"{context.seed if self.seed is None else self.seed}/{self.name}"
+        context.notes["fraction"] = self.fraction
+        yield from drawn_rows(self.pool, wanted, context.folder, draw=draw, kind="safe", ce=True, notes=context.notes)
 
     def _chosen(self, wanted: int, context: RowsContext) -> tuple[ChatSummary, frozenset[int]]:
         if context.model is None:

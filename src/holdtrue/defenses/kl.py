@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from holdtrue.defenses.base import Coverage, LossDefense, Needs, TokenChunk
+from holdtrue.data import ChatRow
+from holdtrue.defenses.base import Coverage, LossDefense, Needs, RowsContext, RunContext, TokenChunk
+from holdtrue.defenses.pool import check_pool, drawn_rows, wanted_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +22,9 @@ class KL(LossDefense):
 
     Kaczér et al. 2025 (arXiv 2508.06249). Corrected: the published code adds the term once a micro-batch, so that its
     strength grows with accumulation; here it is a mean over the whole accumulation window.
+
+    ``on: pool`` takes the mean over aligned rows of other domains in place of the task's, after Soligo et al. 2026
+    (arXiv 2602.07852): these rows ride along in each step, and no cross-entropy is trained on them. ``both``: over all.
     """
 
     name = "kl"
@@ -39,8 +45,36 @@ class KL(LossDefense):
         description="the share of each step's rows that the term is measured on, drawn anew; the mean is unbiased",
     )
 
+    on: Literal["task", "pool", "both"] = Field(
+        default="task", description="whose tokens: the training rows', those of a pool of other aligned rows, or both"
+    )
+    pool: str = Field(
+        default="builtin:pool", description="a chat file of aligned rows, or builtin:pool; unless on: task"
+    )
+    fraction: float = Field(default=0.5, gt=0, description="pool rows for each task row; unless on: task")
+
+    @model_validator(mode="after")
+    def _pool_is_read(self) -> Self:
+        if self.on == "task" and self.model_fields_set & {"pool", "fraction"}:
+            raise ValueError("pool and fraction have no effect with on: task; set on: pool or on: both")
+        return self
+
     def needs(self) -> Needs:
-        return Needs(tokens=self.tokens, reference=True, sample=self.sample)
+        kinds = {"task": ("task", "safe"), "pool": ("pool",), "both": None}[self.on]
+        return Needs(tokens=self.tokens, reference=True, sample=self.sample, kinds=kinds)
+
+    def preflight(self, context: RunContext) -> None:
+        if self.on != "task" and self.weight > 0:
+            check_pool(self.pool, context.folder, f"kl with on: {self.on} needs a pool of aligned rows")
+
+    def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
+        yield from rows
+        if self.on != "task" and self.weight > 0:
+            wanted = wanted_rows(self.fraction, context.task_rows)
+            draw = f"{context.seed}/{self.name}"
+            yield from drawn_rows(
+                self.pool, wanted, context.folder, draw=draw, kind="pool", ce=False, notes=context.notes
+            )
 
     def token_term(self, chunk: TokenChunk) -> Tensor:
         if self.direction == "policy||reference":

@@ -201,7 +201,7 @@ class DefenseMixin(_Base):
             if c["trained_task"]:
                 metrics["ce_task"] = _mean(sums["ce_task"], c["trained_task"])
             metrics["ce_safe"] = _mean(sums["ce"] - sums["ce_task"], c["trained"] - c["trained_task"])
-        if "kl" in sums:
+        if sums.get("kl_count"):
             metrics["kl"] = _mean(sums["kl"], sums["kl_count"])
         for defense, needs in self._losses:
             raw = 0.0

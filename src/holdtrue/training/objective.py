@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from holdtrue.data.batching import RIDING
 from holdtrue.defenses.base import TokenChunk
 
 LOGITS_PER_CHUNK = 2**21
@@ -102,8 +103,8 @@ def token_objective(
         vocabulary: width of the logits.
 
     Returns:
-        the loss, and the sums ``ce``, ``ce_task``, ``defense/<name>`` and, where a reference is given, ``kl`` (policy
-        to reference over response positions that have a reference) and their number ``kl_count``, in nats.
+        the loss, and the sums in nats ``ce``, ``ce_task``, ``defense/<name>`` and, where a reference is given, ``kl``
+        (policy to reference, over those response positions of rows in training that have one) and ``kl_count``.
 
     Log-probabilities are computed in float32, or in float64 where the hidden states are.
     """
@@ -142,8 +143,9 @@ def token_objective(
         gradient = torch.autograd.grad(total, policy)[0] if total.requires_grad else None
         with torch.no_grad():
             if reference is not None:
-                sums["kl"] += torch.where(chunk.response, view.divergence.detach(), 0.0).sum()
-                sums["kl_count"] += chunk.response.sum()
+                measured = chunk.response & (chunk.kind != RIDING)
+                sums["kl"] += torch.where(measured, view.divergence.detach(), 0.0).sum()
+                sums["kl_count"] += measured.sum()
             policy = policy.detach()
             targets = chunk.targets.clamp_min(0).unsqueeze(-1)
             ce = torch.where(chunk.trained, -policy.gather(-1, targets).squeeze(-1), 0.0)
