@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -128,6 +128,13 @@ class Defense(BaseModel):
     def needs(self) -> Needs:
         """Say what the trainer must supply at each step."""
         return Needs()
+
+    def placed(self, folder: Path) -> Self:
+        """Return the same defense with its relative paths starting in ``folder``: what a spec that is read keeps.
+
+        Only a defense that reads files while training needs it; the other hooks are told the folder.
+        """
+        return self
 
     def preflight(self, context: RunContext) -> None:
         """Check, before the first step, that all that is needed can be had; raise ``NeedError`` otherwise."""
