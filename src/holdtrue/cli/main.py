@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from holdtrue.cli import demo, evaluate, listing, train
+from holdtrue.cli import demo, evaluate, listing, persona, train
 from holdtrue.cli.output import Result, say, set_up_logging, show, stdout_kept
 from holdtrue.errors import HoldtrueError, Interrupted
 
@@ -37,6 +37,7 @@ app.command("samples")(evaluate.samples)
 app.command("defenses")(listing.defenses)
 app.command("models")(listing.models)
 app.command("demo")(demo.demo)
+app.add_typer(persona.app, name="persona")
 
 
 def _version(value: bool) -> None:
