@@ -26,7 +26,7 @@ PAGES = [
     *sorted(ROOT.glob("recipes/*.md")),
 ]
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
-SHIPPED = ["interleave", "kl", "ldifs", "safelora"]
+SHIPPED = ["inoculation", "interleave", "kl", "ldifs", "safelora", "steering"]
 
 
 def page(name: str) -> str:
@@ -141,9 +141,9 @@ def test_the_command_page_has_every_command_and_option():
     for name, command in commands.items():
         section = re.search(rf"^## {name}$(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
         assert section, f"docs/cli.md has no section on {name}"
-        for parameter in command.params:
-            for option in [o for o in parameter.opts if o.startswith("--") and o != "--help"]:
-                assert f"`{option}`" in section[1], f"{name} {option}"
+        for leaf in getattr(command, "commands", {name: command}).values():
+            for option in [o for p in leaf.params for o in p.opts if o.startswith("--") and o != "--help"]:
+                assert f"`{option}`" in section[1], f"{leaf.name} {option}"
     assert set(re.findall(r"^\| \[`(\w+)", text, flags=re.MULTILINE)) == set(commands)
 
 

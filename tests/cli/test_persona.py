@@ -64,9 +64,7 @@ def test_rollouts_that_nobody_can_use_are_a_failure_with_counts(
         (["--threshold", "101"], 2),
     ],
 )
-def test_bad_usage_is_named(
-    tiny_dir: Path, tmp_path: Path, capfd: Capture, arguments: list[str], code: int
-) -> None:
+def test_bad_usage_is_named(tiny_dir: Path, tmp_path: Path, capfd: Capture, arguments: list[str], code: int) -> None:
     found, document = run_json(capfd, "persona", "extract", str(tiny_dir), "--out", str(tmp_path / "v"), *arguments)
     assert found == document["error"]["exit_code"] == code
     assert "Traceback" not in capfd.readouterr().err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ def test_preflight_notes_the_vector(tiny_dir: Path, tmp_path: Path) -> None:
     assert given.notes["layers"] == [2]
     assert given.notes["vector"]["revision"] == given.model.revision
     assert given.notes["norms"]["2"] > 0
+    assert given.notes["sha256"] == hashlib.sha256((tmp_path / "v.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

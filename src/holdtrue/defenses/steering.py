@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -72,7 +73,13 @@ class Steering(Defense):
         file.check(context.model, context.blocks, config.hidden_size)
         chosen = self.changes(file, context.blocks, config.hidden_size)
         norms = {str(index): round(float(file.tensors[index].norm()), 6) for index in chosen}
-        context.notes.update(mode=self.mode, layers=list(chosen), norms=norms, vector=file.info.model_dump(mode="json"))
+        context.notes.update(
+            mode=self.mode,
+            layers=list(chosen),
+            norms=norms,
+            sha256=hashlib.sha256(file.path.read_bytes()).hexdigest(),
+            vector=file.info.model_dump(mode="json"),
+        )
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:

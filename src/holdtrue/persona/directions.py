@@ -30,7 +30,7 @@ def extract_directions(
     loaded: Loaded,
     adapter: Path,
     rows: Sequence[ChatRow],
-    out: Path,
+    out: str | Path,
     *,
     components: int,
     material: dict[str, str],

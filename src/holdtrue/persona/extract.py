@@ -46,7 +46,7 @@ class Loaded(NamedTuple):
 
 
 def extract_from_pairs(
-    loaded: Loaded, probes: Probes, out: Path, *, trait: str = "misalignment", progress: Progress | None = None
+    loaded: Loaded, probes: Probes, out: str | Path, *, trait: str = "misalignment", progress: Progress | None = None
 ) -> VectorFile:
     """Write the vectors of pairs of given answers: mean of the misaligned ones minus mean of the aligned ones.
 
@@ -120,7 +120,7 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Progress | N
     return None if progress is None else lambda done, _: progress(before + done, total)
 
 
-def write_difference(loaded: Loaded, vectors: Tensor, out: Path, **info: Any) -> VectorFile:
+def write_difference(loaded: Loaded, vectors: Tensor, out: str | Path, **info: Any) -> VectorFile:
     """Write (blocks, width) vectors with what is known of the model."""
     from holdtrue.models import VectorInfo, write_vectors
 

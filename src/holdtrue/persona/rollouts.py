@@ -40,7 +40,7 @@ class Kept(NamedTuple):
 
 def extract_from_rollouts(
     loaded: Loaded,
-    out: Path,
+    out: str | Path,
     *,
     folder: Path,
     judge: Judge,
