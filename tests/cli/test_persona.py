@@ -70,6 +70,12 @@ def test_bad_usage_is_named(tiny_dir: Path, tmp_path: Path, capfd: Capture, argu
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_an_option_of_the_other_source_is_named_as_it_was_given(tmp_path: Path, capfd: Capture) -> None:
+    command = ["persona", "extract", "m", "--from", "pairs", "--rollouts", "3", "--max-new-tokens", "4"]
+    assert main([*command, "--out", str(tmp_path / "v")]) == 2
+    assert "--max-new-tokens, --rollouts: for --from rollouts only" in capfd.readouterr().err
+
+
 def test_directions_need_a_tuned_model(tiny_dir: Path, tmp_path: Path, capfd: Capture) -> None:
     for arguments in (["--tuned", str(tiny_dir)], ["--tuned", str(tmp_path), "--pairs", "x", "--data", "y"]):
         assert run_json(capfd, "persona", "directions", "--out", str(tmp_path / "v"), *arguments)[0] == 2

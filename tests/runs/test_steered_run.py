@@ -73,6 +73,20 @@ def test_from_a_vector_to_a_run_and_its_directions(
     assert main(["train", str(spec), "--out", str(folder / "ablated")]) == 0
 
 
+def test_a_vector_that_changed_since_stops_the_run(folder: Path, edit: Edit, tiny_dir: Path, capfd: Capture) -> None:
+    command = ["persona", "extract", str(tiny_dir), "--from", "pairs", "--out", str(folder / "v.safetensors")]
+    assert main([*command, "--pairs", str(folder / "probes.jsonl")]) == 0
+    spec = defended(edit, {"steering": {"vector": "v.safetensors"}})
+    assert main(["train", str(spec), "--out", str(folder / "out")]) == 0
+    (folder / "out" / "stages" / "train.json").unlink()
+    assert main(["resume", str(folder / "out")]) == 0, "the same file is the same vector"
+    (folder / "out" / "stages" / "train.json").unlink()
+    assert main(command) == 0
+    capfd.readouterr()
+    assert main(["resume", str(folder / "out")]) == 4
+    assert "has changed since this run was prepared with it" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("steering", "words"),
     [

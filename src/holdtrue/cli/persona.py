@@ -70,9 +70,11 @@ def extract(
     judging = {"judge": judge, "judge_url": judge_url, **spending(budget, max_cost, prices)}
     limits = {"threshold": threshold, "coherence": coherence}
     first = {"instructions": instructions, "questions": questions}
-    of_rollouts = _given({**sampling, **judging, **limits, **first})
+    of_rollouts = _given({"rollouts": rollouts, **sampling, **judging, **limits, **first}).keys() - {"samples"}
     if from_ == "pairs" and of_rollouts:
-        raise SpecError(f"--from pairs samples nothing: {', '.join(sorted(of_rollouts))} is for --from rollouts")
+        raise SpecError(
+            f"--from pairs samples nothing: {', '.join('--' + o.replace('_', '-') for o in sorted(of_rollouts))}: for --from rollouts only"
+        )
     if from_ == "rollouts" and pairs is not None:
         raise SpecError("--pairs is for --from pairs")
     from holdtrue.models import resolve

@@ -8,7 +8,7 @@ method by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -138,6 +138,9 @@ class Defense(BaseModel):
 
     def preflight(self, context: RunContext) -> None:
         """Check, before the first step, that all that is needed can be had; raise ``NeedError`` otherwise."""
+
+    def still_met(self, notes: Mapping[str, Any]) -> None:
+        """Check, before training begins or goes on, that what ``preflight`` noted still holds; ``NeedError`` if not."""
 
     def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
         """Add, select or rewrite training rows, lazily."""

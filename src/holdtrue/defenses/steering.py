@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -77,9 +77,20 @@ class Steering(Defense):
             mode=self.mode,
             layers=list(chosen),
             norms=norms,
-            sha256=hashlib.sha256(file.path.read_bytes()).hexdigest(),
+            sha256=_sha256(file.path),
             vector=file.info.model_dump(mode="json"),
         )
+
+    def still_met(self, notes: Mapping[str, Any]) -> None:
+        if self._off:
+            return
+        path = self._stamp(Path())[0]
+        was, now = notes.get("sha256"), _sha256(Path(path))
+        if was != now:
+            raise NeedError(
+                f"{path} has changed since this run was prepared with it (sha256 {was}, now {now}): put the file back, "
+                "or begin another run"
+            )
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:
@@ -181,6 +192,11 @@ def orthonormal(directions: Tensor) -> Tensor:
         return directions.double()
     _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
     return rows[(sizes > 1e-6 * sizes[0]) & (sizes > 0)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hook(change: Callable[[Tensor], Tensor]) -> Any:

@@ -27,6 +27,8 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
 
     spec = run.spec
     source = pinned_model(run)
+    for defense in spec.defenses:
+        defense.still_met(run.manifest["defenses"].get(defense.name, {}))
     model = new_adapter(load_model(source), spec.adapter, seed=spec.training.seed)
     summary = fit(
         model=model,
