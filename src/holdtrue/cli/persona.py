@@ -72,9 +72,8 @@ def extract(
     first = {"instructions": instructions, "questions": questions}
     of_rollouts = _given({"rollouts": rollouts, **sampling, **judging, **limits, **first}).keys() - {"samples"}
     if from_ == "pairs" and of_rollouts:
-        raise SpecError(
-            f"--from pairs samples nothing: {', '.join('--' + o.replace('_', '-') for o in sorted(of_rollouts))}: for --from rollouts only"
-        )
+        options = ", ".join("--" + name.replace("_", "-") for name in sorted(of_rollouts))
+        raise SpecError(f"--from pairs samples nothing; {options}: for --from rollouts only")
     if from_ == "rollouts" and pairs is not None:
         raise SpecError("--pairs is for --from pairs")
     from holdtrue.models import resolve
