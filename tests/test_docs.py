@@ -26,7 +26,7 @@ PAGES = [
     *sorted(ROOT.glob("recipes/*.md")),
 ]
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
-SHIPPED = ["interleave", "kl", "ldifs", "safelora"]
+SHIPPED = ["inoculation", "interleave", "kl", "ldifs", "safelora", "steering"]
 
 
 def page(name: str) -> str:

@@ -89,7 +89,7 @@ def score_turns(
             flat = [sequence for sequences in encoded for sequence in sequences]
             found: list[list[AnswerScore]] = [[] for _ in flat]
             left = [len(sequences) for sequences in encoded]
-            for batch in _batches([len(s.input_ids) for s in flat], tokens_per_batch):
+            for batch in length_batches([len(s.input_ids) for s in flat], tokens_per_batch):
                 for index, answers in zip(batch, _score_batch(lm, head, [flat[i] for i in batch]), strict=True):
                     found[index] = answers
                     left[owners[index]] -= 1
@@ -171,7 +171,7 @@ def position_limit(model: nn.Module) -> int | None:
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
 
 
-def _batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
     """Yield indices of like length, longest first, so that a batch too large for the memory fails at once."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -14,7 +14,7 @@ def test_the_papers_four_are_there():
     assert {"kl", "ldifs", "safelora", "interleave"} <= set(available())
 
 
-@pytest.mark.parametrize("name", ["kl", "ldifs", "safelora", "interleave"])
+@pytest.mark.parametrize("name", ["kl", "ldifs", "safelora", "interleave", "steering", "inoculation"])
 def test_each_is_described(name):
     info = describe(available()[name])
     assert info.badge in ("faithful", "corrected", "variant")

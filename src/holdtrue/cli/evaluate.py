@@ -99,7 +99,7 @@ def evaluate(
         others={
             "judge": judge,
             "judge_url": judge_url,
-            **_spending(budget, max_cost, prices),
+            **spending(budget, max_cost, prices),
             "train": None if train is None else Path(_path(train)),
         },
     )
@@ -133,7 +133,7 @@ def judge(
     from holdtrue.evaluation.judges import load_judge
     from holdtrue.evaluation.judging import estimate_file, judge_file
 
-    chosen = load_judge(judge, base_url=judge_url, **_spending(budget, max_cost, prices))
+    chosen = load_judge(judge, base_url=judge_url, **spending(budget, max_cost, prices))
     if (estimate := estimate_file(samples, chosen)) is not None:
         say(str(estimate))
     with ProgressView() as view:
@@ -264,7 +264,8 @@ def _gate(run: Run, rows: dict[str, str], options: Options | None) -> Result:
     )
 
 
-def _spending(tokens: int | None, dollars: float | None, prices: str | None) -> dict[str, Any]:
+def spending(tokens: int | None, dollars: float | None, prices: str | None) -> dict[str, Any]:
+    """Return what a judge may spend, as far as it was given."""
     from holdtrue.evaluation.judges import Budget, Prices
 
     found: dict[str, Any] = {}

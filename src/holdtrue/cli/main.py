@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from holdtrue.cli import demo, evaluate, listing, scorers, train
+from holdtrue.cli import demo, evaluate, listing, persona, scorers, train
 from holdtrue.cli.output import Result, say, set_up_logging, show, stdout_kept
 from holdtrue.errors import HoldtrueError, Interrupted
 
@@ -38,6 +38,7 @@ app.command("defenses")(listing.defenses)
 app.command("models")(listing.models)
 app.add_typer(scorers.app, name="scorers")
 app.command("demo")(demo.demo)
+app.add_typer(persona.app, name="persona")
 
 
 def _version(value: bool) -> None:

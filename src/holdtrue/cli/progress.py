@@ -15,6 +15,8 @@ TITLES = {
     "train": "training",
     "finalise": "finalising the adapter",
     "evaluate": "evaluating",
+    "sample": "sampling answers",
+    "read": "reading hidden states",
 }
 
 

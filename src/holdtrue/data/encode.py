@@ -55,8 +55,13 @@ class ChatEncoder:
         self.max_length = max_length
         self._template = ChatTemplate(tokenizer)
         unknown = tokenizer.unk_token_id
-        self._control_ids = {id for id in self._template.controls.values() if id != unknown}
+        self._control_ids = frozenset(id for id in self._template.controls.values() if id != unknown)
         self._pieces = _PieceEncoder(tokenizer, self._template)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of the control tokens, which no content can write: among trained tokens, those that end a turn."""
+        return self._control_ids
 
     def encode(self, row: ChatRow) -> list[Encoded]:
         """Return the row's sequences.

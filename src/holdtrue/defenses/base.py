@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -160,8 +160,18 @@ class Defense(BaseModel):
         """Say what the trainer must supply at each step."""
         return Needs()
 
+    def placed(self, folder: Path) -> Self:
+        """Return the same defense with its relative paths starting in ``folder``: what a spec that is read keeps.
+
+        Only a defense that reads files while training needs it; the other hooks are told the folder.
+        """
+        return self
+
     def preflight(self, context: RunContext) -> None:
         """Check, before the first step, that all that is needed can be had; raise ``NeedError`` otherwise."""
+
+    def still_met(self, notes: Mapping[str, Any]) -> None:
+        """Check, before training begins or goes on, that what ``preflight`` noted still holds; ``NeedError`` if not."""
 
     def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
         """Add, select or rewrite training rows, lazily."""

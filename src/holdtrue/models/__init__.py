@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from holdtrue.models.checkpoint import Checkpoint, Factors
     from holdtrue.models.layers import adapted_weights, causal_lm, decoder_blocks
     from holdtrue.models.loading import Placement, load_model, load_tokenizer, placement
+    from holdtrue.models.vectors import VectorFile, VectorInfo, read_vectors, write_vectors
 
 _LATE = {
     "AdapterFile": "adapter_files",
@@ -35,6 +36,10 @@ _LATE = {
     "load_model": "loading",
     "load_tokenizer": "loading",
     "placement": "loading",
+    "VectorFile": "vectors",
+    "VectorInfo": "vectors",
+    "read_vectors": "vectors",
+    "write_vectors": "vectors",
 }
 
 __all__ = [
@@ -45,6 +50,8 @@ __all__ = [
     "Factors",
     "ModelSource",
     "Placement",
+    "VectorFile",
+    "VectorInfo",
     "adapted_weights",
     "causal_lm",
     "decoder_blocks",
@@ -54,10 +61,12 @@ __all__ = [
     "new_adapter",
     "placement",
     "read_adapter",
+    "read_vectors",
     "resolve",
     "save_adapter",
     "without_adapter",
     "write_adapter",
+    "write_vectors",
 ]
 
 

@@ -33,6 +33,19 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         RunError: the file is not safetensors, or is cut short.
     """
+    return _header(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the free text by key that a safetensors file's header holds beside its tensors; empty where there is none.
+
+    Raises:
+        RunError: the file is not safetensors, or is cut short.
+    """
+    return _header(path)[1]
+
+
+def _header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -41,13 +54,15 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             if length > min(_HEADER_LIMIT, size - 8):
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
+            metadata = header.pop("__metadata__", None) or {}
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("its metadata holds something else than text")
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
             if 8 + length + end != size:
                 raise ValueError(f"{size} bytes where the header says {8 + length + end}")
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise RunError(f"{path}: not a whole safetensors file ({error}). Fetch or write it again.") from error
-    return header
+    return header, metadata
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -4,7 +4,15 @@ from holdtrue.runs.api import default_out
 from holdtrue.runs.compare import Comparison, Measure, compare_runs
 from holdtrue.runs.control import Control, Progress, rank
 from holdtrue.runs.directory import STAGES, Run, is_run
-from holdtrue.runs.evaluate import Target, brief, evaluate_endpoint, evaluate_run, evaluate_target, sample_files
+from holdtrue.runs.evaluate import (
+    Target,
+    brief,
+    evaluate_endpoint,
+    evaluate_run,
+    evaluate_target,
+    find_target,
+    sample_files,
+)
 from holdtrue.runs.gate import GateReport, gate_run
 from holdtrue.runs.scorers import build_scorers, domains_of
 from holdtrue.runs.spec import RunSpec, load_spec
@@ -31,6 +39,7 @@ __all__ = [
     "evaluate_run",
     "evaluate_target",
     "execute",
+    "find_target",
     "gate_run",
     "is_run",
     "load_spec",

@@ -87,7 +87,7 @@ def evaluate_target(
     """
     control, options = control or Control(), options or Options()
     tasks = tasks_of_target(suites or ["likelihood"], data or {}, benign, options)
-    found = _target(target, base)
+    found = find_target(target, base)
     measurer = Measurer(found.source, control, folder or answers_folder())
     which = "untouched" if found.adapter is None else "tuned"
     return [measurer.measure(task, found.adapter, target, which) for task in tasks]
@@ -218,7 +218,12 @@ def _from_sibling(run: Run, name: str, key: str) -> dict[str, Any] | None:
     return None
 
 
-def _target(target: str, base: str | None) -> Target:
+def find_target(target: str, base: str | None = None) -> Target:
+    """Return a model (alias, hub id, path), or an adapter's folder with the model that it records.
+
+    Raises:
+        SpecError: there is no such thing, or the adapter does not say which model it is for.
+    """
     from holdtrue.models import resolve
 
     folder = Path(target).expanduser()

@@ -151,6 +151,7 @@ class RunSpec(BaseModel):
             self, "evaluate", self.evaluate.model_copy(update={"suites": suites, "data": files, "benign": benign})
         )
         object.__setattr__(self, "model", _model_path(self.model, folder))
+        object.__setattr__(self, "defenses", tuple(defense.placed(folder) for defense in self.defenses))
         return self
 
     @field_serializer("defenses")

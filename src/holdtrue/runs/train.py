@@ -36,6 +36,8 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
 
     spec = run.spec
     source = pinned_model(run)
+    for defense in spec.defenses:
+        defense.still_met(run.manifest["defenses"].get(defense.name, {}))
     base = load_model(source)
     with _reference_cache(run, source, base) as cache:
         model = new_adapter(base, spec.adapter, seed=spec.training.seed)

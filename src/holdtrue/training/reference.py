@@ -210,7 +210,10 @@ class Reference:
 
 @contextlib.contextmanager
 def captured_blocks(model: nn.Module, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of the decoder blocks ``indices`` while the context is open."""
+    """Collect the outputs of the decoder blocks ``indices`` while the context is open.
+
+    They are what each block itself gives out, before another hook (a defense's ``forward``) changes it.
+    """
     outputs: dict[int, Tensor] = {}
 
     def keep(index: int) -> Any:
@@ -220,7 +223,7 @@ def captured_blocks(model: nn.Module, indices: Sequence[int]) -> Iterator[dict[i
         return hook
 
     blocks = decoder_blocks(model)
-    handles = [blocks[i].register_forward_hook(keep(i)) for i in indices]
+    handles = [blocks[i].register_forward_hook(keep(i), prepend=True) for i in indices]
     try:
         yield outputs
     finally:
