@@ -126,9 +126,7 @@ def trl(work: Workload, folder: Path) -> TrainerArm:
     def labeled(rows: Any) -> Any:
         kept = rows.select_columns(["input_ids", "trained"])
         return kept.map(
-            lambda row: {
-                "labels": [i if t else -100 for i, t in zip(row["input_ids"], row["trained"], strict=True)]
-            },
+            lambda row: {"labels": [i if t else -100 for i, t in zip(row["input_ids"], row["trained"], strict=True)]},
             remove_columns=["trained"],
         )
 
@@ -145,24 +143,23 @@ def trl(work: Workload, folder: Path) -> TrainerArm:
 
 
 def steering(work: Workload, folder: Path) -> TrainerArm:
-    """Return our Trainer with a random vector of length 1 added to one block's output."""
+    """Return our Trainer with a random vector of length 1 added to the output of the default block."""
     import torch
     from transformers import AutoConfig
 
     from holdtrue.models import resolve
-
-    # Named by hand, so that versions without vector files miss this arm alone.
-    from holdtrue.models.vectors import VectorInfo, write_vectors  # pyright: ignore[reportMissingImports]
+    from holdtrue.models.vectors import VectorInfo, write_vectors  # type: ignore[import-not-found]
 
     source = resolve(MODEL)
     config = AutoConfig.from_pretrained(source.path)
     width, blocks = config.hidden_size, config.num_hidden_layers
     vector = torch.nn.functional.normalize(torch.randn(width, generator=torch.Generator().manual_seed(0)), dim=0)
     info = VectorInfo(
-        model=source.name, revision=source.revision, blocks=blocks, width=width, source="pairs", trait="random"
+        model=source.name, revision=source.revision, blocks=blocks, width=width, source="pairs", trait="noise"
     )
-    file = write_vectors(folder / "vector.safetensors", {20 * blocks // 28: vector}, info)
-    return defended(work, folder, [{"steering": {"vector": str(file.path), "weight": 1.0}}])
+    path = folder / "vector.safetensors"
+    write_vectors(path, {20 * blocks // 28: vector}, info)
+    return defended(work, folder, [{"steering": {"vector": str(path), "weight": 1.0}}])
 
 
 BUILDERS: dict[str, Callable[[Workload, Path], Arm]] = {

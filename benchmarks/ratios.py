@@ -32,14 +32,14 @@ TIME: dict[str, Ratio] = {
 }
 MEMORY: dict[str, Ratio] = {
     "kl_memory_over_plain": Ratio("kl", "plain", 1.05, 1.02),
-    "memory_vocab_doubled": Ratio("kl-vocab-doubled", "kl-vocab", 1.03, 1.00),
+    "memory_vocab_doubled": Ratio("kl-vocab-doubled", "kl", 1.03, 1.00),
 }
 MORE_MEMORY: dict[str, Ratio] = {
     "kl_all_memory_over_plain": Ratio("kl-all", "plain", 1.05, 1.02),
     "kl_ldifs_memory_over_plain": Ratio("kl-ldifs", "plain", 1.05, 1.02),
     "naive_kl_memory_over_plain": Ratio("naive-kl", "plain", math.inf, math.inf),
 }
-SWEEP: dict[str, Ratio] = {"sweep_over_naive": Ratio("sweep", "naive", 0.65, 0.50)}
+SWEEP: dict[str, Ratio] = {"sweep_over_naive": Ratio("sweep", "naive sweep", 0.65, 0.50)}
 START: dict[str, Ratio] = {
     "help_seconds": Ratio("help", "", 1.0, 0.3, "s"),
     "import_seconds": Ratio("import", "", 1.0, 0.3, "s"),
@@ -80,6 +80,20 @@ def spreads(ratios: Mapping[str, Ratio], raw: Mapping[str, Sequence[float]]) -> 
     return found
 
 
+def peaks(key: str, raw: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[int]]:
+    """Return by way the bytes that a memory ratio compares; ``raw`` has (bytes of parameters, peak bytes).
+
+    Where two models are compared, each one's own parameters are taken from its peak first.
+    """
+    own = key == "memory_vocab_doubled"
+    return {way: [peak - own * parameters for parameters, peak in values] for way, values in raw.items()}
+
+
+def without(ratios: Mapping[str, Ratio], missing: Mapping[str, str]) -> dict[str, str]:
+    """Return why each of the ratios that need a missing arm is missing."""
+    return {key: missing[arm] for key, ratio in ratios.items() for arm in (ratio.under, ratio.over) if arm in missing}
+
+
 def verdict(ratio: Ratio, median: float) -> str:
     """Return ``aim``, ``bar`` or ``over``: the better of the two that the median meets, or neither."""
     if math.isinf(ratio.bar):
@@ -88,7 +102,7 @@ def verdict(ratio: Ratio, median: float) -> str:
 
 
 def fit_exponent(x: Sequence[float], y: Sequence[float]) -> Line:
-    """Fit a line to (log x, log y) by least squares; ``ValueError`` for fewer than two different x, or none positive."""
+    """Fit a line to (log x, log y) by least squares; ``ValueError`` for fewer than two different x, or one below 0."""
     if len(x) != len(y) or len(set(x)) < 2:
         raise ValueError("an exponent needs as many y as x, and two different x")
     if min(*x, *y) <= 0:

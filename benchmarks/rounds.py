@@ -40,7 +40,7 @@ def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Sav
     """
     import torch
 
-    _quiet()
+    quiet()
     work = draw(BATCH * steps, seed)
     found: dict[str, Any] = {"raw": {}, "missing": {}, "workload": work.facts() | {"batch": BATCH, "steps": steps}}
     say(f"{work.facts()}")
@@ -86,7 +86,8 @@ def floors(raw: dict[str, list[float]], work: Workload, steps: int) -> dict[str,
     return {"gflops_per_second": {name: round(rate / 1e9, 1) for name, rate in rates.items()}, "arms": arms}
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Keep the libraries from writing between the results."""
     import datasets
     import transformers
 

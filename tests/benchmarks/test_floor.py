@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.floor import Shape, Work, achieved, backward, forward, head, step
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from benchmarks.floor import Shape, Work, achieved, backward, forward, head, step
 
 RANK, ROWS, LENGTH = 3, 2, 7
 CONFIG = LlamaConfig(
@@ -63,7 +62,9 @@ def test_head_and_backward_are_what_torch_counts(counted: dict[str, int]) -> Non
 
 def test_a_step_is_the_sum_of_its_parts(counted: dict[str, int]) -> None:
     plain = counted["forward"] + counted["head"] + counted["backward"]
-    totals = {arm: step(SHAPE, WORK, arm, causal=False)["total"] for arm in ("plain", "trl", "steering", "ldifs_cached")}
+    totals = {
+        arm: step(SHAPE, WORK, arm, causal=False)["total"] for arm in ("plain", "trl", "steering", "ldifs_cached")
+    }
     assert set(totals.values()) == {plain}
     assert step(SHAPE, WORK, "kl", causal=False)["total"] == plain + counted["reference"] + counted["head"]
     assert step(SHAPE, WORK, "kl_ldifs", causal=False) == step(SHAPE, WORK, "kl", causal=False)

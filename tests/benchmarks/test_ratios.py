@@ -3,10 +3,21 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from benchmarks.ratios import DEFAULT, MORE_MEMORY, Ratio, fit_exponent, spread, spreads, table, verdict, within_rounds
+from benchmarks.profile import group, shares
+from benchmarks.ratios import (
+    DEFAULT,
+    MORE_MEMORY,
+    TIME,
+    Ratio,
+    fit_exponent,
+    peaks,
+    spread,
+    spreads,
+    table,
+    verdict,
+    within_rounds,
+    without,
+)
 
 seconds = st.floats(0.1, 1000)
 
@@ -65,3 +76,23 @@ def test_the_table_has_every_key_found_and_missing() -> None:
     lines = table(found, {"steering_over_plain": "ImportError: none"}).splitlines()[1:]
     assert {line.split()[0] for line in lines} == {*DEFAULT, *MORE_MEMORY}
     assert lines[-1].endswith("missing: ImportError: none")
+
+
+def test_a_ratio_is_missing_with_either_of_its_arms() -> None:
+    found = without(TIME, {"naive": "no room", "kl_cached": "no cache"})
+    assert found == {"kl_over_naive": "no room", "kl_cached_over_plain": "no cache"}
+    assert set(without(TIME, {"plain": "?"})) == {key for key, r in TIME.items() if "plain" in (r.over, r.under)}
+
+
+def test_only_two_models_are_compared_without_their_parameters() -> None:
+    raw = {"kl": [(10, 110), (10, 120)], "kl-vocab-doubled": [(30, 130)]}
+    assert peaks("memory_vocab_doubled", raw) == {"kl": [100, 110], "kl-vocab-doubled": [100]}
+    assert peaks("kl_memory_over_plain", raw) == {"kl": [110, 120], "kl-vocab-doubled": [130]}
+
+
+def test_operators_are_grouped_and_their_shares_sum_to_one() -> None:
+    times = {"aten::mm": 6.0, "aten::addmm": 2.0, "aten::mul": 1.0, "aten::_log_softmax": 0.5, "strange": 0.5}
+    found = shares(times)
+    assert found == pytest.approx({"matmul": 0.8, "elementwise": 0.1, "softmax": 0.05, "other": 0.05})
+    names = ("aten::_scaled_dot_product_flash_attention_for_cpu", "Optimizer.step#AdamW.step", "aten::_foreach_norm")
+    assert [group(name) for name in names] == ["attention", "optimizer", "optimizer"]
