@@ -8,6 +8,7 @@ start is that of the ordinary run on a file of short rows, in a process of its o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -34,8 +35,8 @@ class Case(NamedTuple):
     rows: int
     micro: int
     length: int
-    vocabulary: int = 8192
-    width: int = 256
+    vocabulary: int = 4096
+    width: int = 128
     blocks: int = 4
     defenses: tuple[Any, ...] = (KL,)
     safe: int = 0
@@ -51,12 +52,12 @@ def length(size: int) -> Case:
 
 
 def vocabulary(size: int) -> Case:
-    return Case(rows=8, micro=8, length=128, vocabulary=size, width=128, blocks=2)
+    return Case(rows=8, micro=8, length=128, vocabulary=size, blocks=2)
 
 
 def defenses(size: int) -> Case:
     chosen = ((), (KL,), (KL, LDIFS), (KL, LDIFS, {"interleave": {"fraction": 0.05}}))[size]
-    return Case(rows=20, micro=4, length=256, defenses=chosen, safe=1 if size == 3 else 0)
+    return Case(rows=20, micro=4, length=256, width=256, defenses=chosen, safe=1 if size == 3 else 0)
 
 
 class Piece(NamedTuple):
@@ -191,10 +192,8 @@ def run_once(folder: Path) -> dict[str, float]:
         training=TrainingSpec(batch_size=8, micro_batch_size=8, warmup_steps=0),
         defenses=(KL,),  # type: ignore[arg-type]
     )
-    try:
+    with contextlib.suppress(Interrupted):
         execute(Run.create(folder / "run", spec), control, until="train")
-    except Interrupted:
-        pass
     found = {key: round(value, 3) for key, value in found.items()}
     return found | {"peak_bytes": peak_memory(torch.device("cpu"))}
 

@@ -18,6 +18,8 @@ from benchmarks.ratios import (
     within_rounds,
     without,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 seconds = st.floats(0.1, 1000)
 
