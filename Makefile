@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-quick demo-full test test-slow check format bench clean
+.PHONY: help env demo demo-quick demo-full test test-slow check format bench bench-growth clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,8 +44,11 @@ format: env  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: env  ## measure memory and speed ratios
+bench: env  ## measure speed and memory ratios, beside the bars they are held to
 	$(BIN)/python -m benchmarks
+
+bench-growth: env  ## measure how a step's time grows, and draw it
+	$(BIN)/python -m benchmarks.growth
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,21 +1,26 @@
 """Peak memory of one process that takes two optimizer steps of 1,024 tokens on SmolLM2-135M.
 
-Run as ``python -m benchmarks.memory WAY FOLDER``; prints the peak resident memory in bytes. ``naive`` is the usual way
-to write the KL: a second model as the reference, and both models' logits of all positions at once, in float32.
+Run as ``python -m benchmarks.memory WAY FOLDER``; prints the bytes of the model's parameters and the peak resident
+memory in bytes. ``naive-kl`` is the usual way to write the KL: a second model as the reference, and both models' logits
+of all positions at once, in float32. ``kl-vocab-doubled`` is the KL on the same body with a head twice as wide.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROWS, LENGTH, STEPS = 8, 128, 2
-WAYS = ("plain", "kl", "kl-all", "kl-ldifs", "naive-kl")
+WAYS = ("plain", "kl", "kl-all", "kl-ldifs", "naive-kl", "kl-vocab-doubled")
 DEFENSES: dict[str, list[Any]] = {
     "plain": [],
     "kl": [{"kl": {"weight": 1.0, "tokens": "response"}}],
     "kl-all": [{"kl": {"weight": 1.0, "tokens": "all"}}],
+    "kl-vocab-doubled": [{"kl": {"weight": 1.0, "tokens": "response"}}],
     "kl-ldifs": [{"kl": {"weight": 1.0, "tokens": "response"}}, {"ldifs": {"weight": 1.0}}],
 }
 
@@ -53,6 +58,22 @@ def naive(model: Any, reference: Any) -> None:
         optimizer.zero_grad()
 
 
+def measure(ways: Sequence[str], runs: int, say: Callable[[str], None]) -> dict[str, list[tuple[int, int]]]:
+    """Measure each way in processes of its own, in turns; return (bytes of parameters, peak bytes) by way."""
+    found: dict[str, list[tuple[int, int]]] = {way: [] for way in ways}
+    for run in range(runs):
+        for way in ways:
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", way, folder]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            parameters, peak = map(int, done.stdout.split()[-2:])
+            found[way].append((parameters, peak))
+            say(
+                f"memory {run + 1} of {runs}: {way} {peak / 2**20:.0f} MiB, {parameters / 2**20:.0f} of them parameters"
+            )
+    return found
+
+
 def main(way: str, folder: Path) -> None:
     import torch
 
@@ -62,7 +83,11 @@ def main(way: str, folder: Path) -> None:
     from holdtrue.training.fitting import peak_memory
 
     source = resolve("smollm2-135m-instruct")
-    model = new_adapter(load_model(source), AdapterSpec(), seed=0)
+    base = load_model(source)
+    if way == "kl-vocab-doubled":
+        base.resize_token_embeddings(2 * base.config.vocab_size, mean_resizing=False)
+        base.requires_grad_(False)
+    model = new_adapter(base, AdapterSpec(), seed=0)
     if way == "naive-kl":
         naive(model.train(), load_model(source))
     else:
@@ -77,7 +102,8 @@ def main(way: str, folder: Path) -> None:
             folder=folder,
             resume=False,
         )
-    print(peak_memory(torch.device("cpu")))
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(parameters, peak_memory(torch.device("cpu")))
 
 
 if __name__ == "__main__":

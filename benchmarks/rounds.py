@@ -1,0 +1,97 @@
+"""Times the arms in turns, round by round over the same rows, in one process."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms import FILLS_FIRST, MissingError, build
+from benchmarks.floor import Shape, Work, achieved, sgemm_rates, step
+from benchmarks.workload import BATCH, MODEL, Workload, draw
+
+Save = Callable[[dict[str, Any]], None]
+
+
+def say(text: str) -> None:
+    """Tell whoever watches; results alone go to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Save) -> dict[str, Any]:
+    """Time each arm for ``runs`` rounds of ``steps`` optimizer steps.
+
+    A first round is thrown away: one step of each arm, and all the steps of an arm that reads what an earlier epoch
+    left. All arms train the same rows, so a ratio of seconds is one of seconds per target token.
+
+    Args:
+        names: arms, in the order in which they take turns.
+        runs, steps: rounds, and optimizer steps of each arm in a round.
+        seed: of the rows that are drawn.
+        save: called with what is known so far after each round.
+
+    Returns:
+        ``raw``: arm -> seconds by round; ``missing``: arm -> why; ``workload``; ``floor``.
+    """
+    import torch
+
+    quiet()
+    work = draw(BATCH * steps, seed)
+    found: dict[str, Any] = {"raw": {}, "missing": {}, "workload": work.facts() | {"batch": BATCH, "steps": steps}}
+    say(f"{work.facts()}")
+    arms = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            try:
+                arms[name] = build(name, work, Path(folder) / name)
+            except MissingError as error:
+                found["missing"][name] = str(error)
+                say(f"missing: {name} ({error})")
+        for name, arm in arms.items():
+            rows = work.rows if name in FILLS_FIRST else work.rows.select(range(BATCH))
+            say(f"warm-up: {name} {arm.run(rows, 0):.1f} s")
+        for number in range(1, runs + 1):
+            for name, arm in arms.items():
+                gc.collect()
+                torch.manual_seed(number)
+                seconds = arm.run(work.rows, number)
+                found["raw"].setdefault(name, []).append(round(seconds, 4))
+                say(f"round {number} of {runs}: {name} {seconds:.2f} s")
+            save(found)
+    found["floor"] = floors(found["raw"], work, steps)
+    save(found)
+    return found
+
+
+def floors(raw: dict[str, list[float]], work: Workload, steps: int) -> dict[str, Any]:
+    """Return each arm's floor in seconds per step with the share of the measured median, and the rates behind it."""
+    from transformers import AutoConfig
+
+    from holdtrue.models import AdapterSpec, resolve
+
+    facts = work.facts()
+    shape = Shape.of(AutoConfig.from_pretrained(resolve(MODEL).path), AdapterSpec().r)
+    total = Work(list(work.rows["length"]), facts["target_tokens"])
+    rates = sgemm_rates(shape, round(facts["tokens"] / steps))
+    arms = {}
+    for name, seconds in raw.items():
+        parts = step(shape, total, name, prefix=facts["shared_prefix"])
+        arms[name] = achieved(round(parts["total"] / steps), rates, statistics.median(seconds) / steps)
+        arms[name] |= {"gflop": {part: round(count / steps / 1e9, 2) for part, count in parts.items()}}
+    return {"gflops_per_second": {name: round(rate / 1e9, 1) for name, rate in rates.items()}, "arms": arms}
+
+
+def quiet() -> None:
+    """Keep the libraries from writing between the results."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
