@@ -41,6 +41,7 @@ class TrainerArm:
                 clock.seconds = time.perf_counter() - clock.started
 
         self.trainer, self.order = trainer, order
+        self.cache: Any = None
         self.started = self.seconds = 0.0
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Clock())
@@ -115,7 +116,9 @@ def defended(work: Workload, folder: Path, defenses: list[Any], *, cached: bool 
         kl_every=0,
         **more,
     )
-    return TrainerArm(trainer)
+    arm = TrainerArm(trainer)
+    arm.cache = more.get("reference_cache")
+    return arm
 
 
 def trl(work: Workload, folder: Path) -> TrainerArm:

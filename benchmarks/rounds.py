@@ -63,6 +63,9 @@ def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Sav
                 found["raw"].setdefault(name, []).append(round(seconds, 4))
                 say(f"round {number} of {runs}: {name} {seconds:.2f} s")
             save(found)
+        found["workload"]["cache"] = {
+            name: arm.cache.stats()._asdict() for name, arm in arms.items() if getattr(arm, "cache", None) is not None
+        }
     found["floor"] = floors(found["raw"], work, steps)
     save(found)
     return found
