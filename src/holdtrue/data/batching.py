@@ -18,6 +18,8 @@ from torch.utils.data import Sampler
 IGNORED = -100
 RIDING = 2
 """The kind ``pool`` of ``holdtrue.data.KINDS``: rows that a step reads beside its batch."""
+ASIDE = 3
+"""The kind ``aside``: rows that no step reads."""
 GHOST = -1
 """The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""
 
@@ -36,7 +38,8 @@ class WindowSampler(Sampler[list[int]]):
 
     Args:
         lengths: tokens of each row.
-        kinds: the kind of each row; rows of kind 0 are task rows, those of kind ``RIDING`` ride along.
+        kinds: the kind of each row; rows of kind 0 are task rows, those of kind ``RIDING`` ride along,
+            those of kind ``ASIDE`` are left out.
         batch_size: rows of an optimizer step over all ranks; a multiple of ``micro_batch_size * ranks``.
         micro_batch_size: rows of a micro-batch, those that ride along not counted.
         seed: of the order, together with the epoch.
@@ -74,7 +77,7 @@ class WindowSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        rows = int((self.kinds != RIDING).sum())
+        rows = int((self.kinds < RIDING).sum())
         whole, rest = divmod(rows, self.batch_size)
         per_batch = self.batch_size // (self.micro_batch_size * self.ranks)
         return whole * per_batch + -(-rest // (self.micro_batch_size * self.ranks))
@@ -107,12 +110,12 @@ class WindowSampler(Sampler[list[int]]):
     def _riders(self) -> Iterator[list[int]]:
         """Yield the rows that ride along with each optimizer step of the epoch."""
         riding = np.flatnonzero(self.kinds == RIDING)
-        steps = -(-int((self.kinds != RIDING).sum()) // self.batch_size)
+        steps = -(-int((self.kinds < RIDING).sum()) // self.batch_size)
         random = np.random.default_rng((self.seed, self.epoch, RIDING))
         yield from (part.tolist() for part in np.array_split(random.permutation(riding), max(1, steps)))
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
-        everything = np.flatnonzero(self.kinds != RIDING)
+        everything = np.flatnonzero(self.kinds < RIDING)
         if not self.shuffle:
             return everything
         task, other = everything[self.kinds[everything] == 0], everything[self.kinds[everything] != 0]

@@ -10,8 +10,9 @@ from typing import Any
 from holdtrue.data.jsonl import Tally, json_name, read_numbered, shown_key, text_fault
 from holdtrue.errors import Problem, nearest
 
-KINDS = {"task": 0, "safe": 1, "pool": 2}
-"""A row's kinds: the customer's task, safe rows mixed in, rows that only a defense reads."""
+KINDS = {"task": 0, "safe": 1, "pool": 2, "aside": 3}
+"""A row's kinds: the customer's task; safe rows mixed in; rows that only a defense reads, a share of them in each step;
+rows that no step holds, for a defense that takes a gradient of its own on them."""
 
 _ROLES = ("system", "user", "assistant")
 _KEYS = frozenset({"role", "content", "weight", "name"})

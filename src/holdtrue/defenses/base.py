@@ -38,6 +38,7 @@ class Needs:
         kinds: the kinds of rows whose tokens ``token_term`` covers (see ``holdtrue.data.KINDS``); ``None``: all.
         sample: the share of an accumulation window's rows, drawn anew in each, that ``token_term`` covers. The
             trainer divides by it, so that the term's expectation is that over all rows.
+        aside: whether ``gradient`` calls ``GradientContext.aside_gradient``, on rows of kind ``aside``.
     """
 
     tokens: Coverage | None = None
@@ -45,6 +46,7 @@ class Needs:
     blocks: Callable[[int], Sequence[int]] | None = None
     kinds: tuple[str, ...] | None = None
     sample: float = 1.0
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class TokenChunk:
         trained: (n,) bool, whether cross-entropy covers the position.
         place: (n,) int64, the position's place in its response from 0; -1 outside responses.
         kind: (n,) int64, the row's kind (see ``holdtrue.data.KINDS``).
+        compared: the divergence where it is known already, with its own gradient; read ``divergence`` instead.
     """
 
     policy: Tensor
@@ -66,12 +69,15 @@ class TokenChunk:
     trained: Tensor
     place: Tensor
     kind: Tensor
+    compared: Tensor | None = None
 
     @functools.cached_property
     def divergence(self) -> Tensor:
         """(n,) KL(policy ‖ reference) in nats, computed once for all who ask."""
         from holdtrue.divergence import kl_divergence
 
+        if self.compared is not None:
+            return self.compared
         assert self.reference is not None
         return kl_divergence(self.policy, self.reference)
 
@@ -141,10 +147,21 @@ class RunContext:
 
 @dataclass(frozen=True)
 class GradientContext:
-    """Given to ``gradient``: the trainable parameters by name, with reduced gradients, and the step's number."""
+    """Given to ``gradient``.
+
+    Attributes:
+        parameters: the trainable parameters by name, with reduced gradients.
+        step: the optimizer step's number, from 0.
+        aside_gradient: returns, by parameter, the gradient of the mean KL(policy ‖ reference), nats per token, over the
+            answers' tokens of the rows of kind ``aside``; leaves the parameters' own gradients as they are. ``None``
+            unless ``needs`` asked for it.
+        metrics: figures that a hook adds are logged with the step.
+    """
 
     parameters: dict[str, nn.Parameter]
     step: int
+    aside_gradient: Callable[[], dict[str, Tensor]] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Defense(BaseModel):

@@ -55,8 +55,9 @@ class KL(LossDefense):
 
     @model_validator(mode="after")
     def _pool_is_read(self) -> Self:
-        if self.on == "task" and self.model_fields_set & {"pool", "fraction"}:
-            raise ValueError("pool and fraction have no effect with on: task; set on: pool or on: both")
+        unread = [name for name in ("pool", "fraction") if getattr(self, name) != type(self).model_fields[name].default]
+        if self.on == "task" and unread:
+            raise ValueError(f"{' and '.join(unread)} has no effect with on: task; set on: pool or on: both")
         return self
 
     def needs(self) -> Needs:

@@ -78,17 +78,14 @@ def _reference_cache(run: Run, source: ModelSource, base: PreTrainedModel) -> It
     from holdtrue.training.reference_cache import ReferenceCache, bytes_needed
 
     needs = [defense.needs() for defense in run.spec.defenses if isinstance(defense, LossDefense) and defense.weight]
-    count = len(decoder_blocks(base))
-    blocks = {index for need in needs if need.blocks is not None and need.reference for index in need.blocks(count)}
+    depth = len(decoder_blocks(base))
+    blocks = {index for need in needs if need.blocks is not None and need.reference for index in need.blocks(depth)}
     rows = run.manifest["data"]["train"]
     everywhere = any(need.tokens == "all" and need.reference for need in needs)
-    wanted = bytes_needed(
-        rows["tokens"] if everywhere else rows["trained_tokens"],
-        base.config.get_text_config().hidden_size,
-        base.dtype.itemsize,
-        block_tokens=rows["tokens"],
-        blocks=len(blocks),
-    )
+    width, itemsize, count = base.config.get_text_config().hidden_size, base.dtype.itemsize, rows["sequences"]
+    final = rows["tokens"] if everywhere else rows["trained_tokens"]
+    wanted = bytes_needed(final, width, 1, itemsize, rows=count)
+    wanted += bytes_needed(rows["tokens"], width, len(blocks), itemsize, rows=count)
     folder = cache_root() / "reference"
     logger.info(
         "the reference's states of these rows take about %.2f GiB; up to %.2f GiB are kept in %s",

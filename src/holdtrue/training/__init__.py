@@ -9,16 +9,18 @@ from holdtrue.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from holdtrue.training.fitting import fit
+    from holdtrue.training.reference_cache import ReferenceCache
     from holdtrue.training.sft import DefendedSFTTrainer
     from holdtrue.training.trainer import DefendedTrainer
 
 _LATE = {
     "DefendedSFTTrainer": "holdtrue.training.sft",
     "DefendedTrainer": "holdtrue.training.trainer",
+    "ReferenceCache": "holdtrue.training.reference_cache",
     "fit": "holdtrue.training.fitting",
 }
 
-__all__ = ["DefendedSFTTrainer", "DefendedTrainer", "TrainingSpec", "fit"]
+__all__ = ["DefendedSFTTrainer", "DefendedTrainer", "ReferenceCache", "TrainingSpec", "fit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def fast_lora(model: nn.Module) -> Iterator[None]:
-    """While open, compute each plain LoRA layer as one function; afterwards the model is as it was.
+def fast_lora(model: nn.Module, *, on: bool = True) -> Iterator[None]:
+    """While open, and ``on``, compute each plain LoRA layer as one function; afterwards the model is as it was.
 
     y = W x + b + s B (A x), and by hand its gradients: the products are summed in place, and of x, A x and the
     weights nothing is kept twice. The result is PEFT's up to rounding. A layer with dropout, merged weights, several
@@ -21,7 +21,7 @@ def fast_lora(model: nn.Module) -> Iterator[None]:
     """
     changed = []
     try:
-        for module in model.modules():
+        for module in model.modules() if on else ():
             if isinstance(module, LoraLinear) and "forward" not in vars(module) and _plain(module):
                 module.forward = _faster(module, module.forward)  # type: ignore[method-assign]
                 changed.append(module)

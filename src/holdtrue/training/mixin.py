@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from holdtrue.data.batching import ASIDE, Collator
 from holdtrue.defenses import Defense, Features, GradientContext, LossDefense
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
@@ -90,6 +91,7 @@ class DefenseMixin(_Base):
         self._blocks = {d.name: tuple(n.blocks(count)) for d, n in self._losses if n.blocks is not None}
         self._captured = sorted({i for indices in self._blocks.values() for i in indices})
         self._reference = Reference(self._policy, self._captured, cache=reference_cache, share_prefix=fast)
+        self._aside = self._rows_aside()
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
         self._window_started = 0.0
@@ -109,6 +111,20 @@ class DefenseMixin(_Base):
         with scoring_mode(self._policy) as lm:
             self._head = output_head(lm)
             self._vocabulary = lm.config.get_text_config().vocab_size
+
+    def _rows_aside(self) -> list[dict[str, Any]]:
+        asking = [defense.name for defense in self._active if defense.needs().aside]
+        if not asking:
+            return []
+        rows: Any = self.train_dataset
+        kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
+        found = [rows[i] for i, kind in enumerate(kinds) if kind == ASIDE]
+        if not any(any(row["trained"][1:]) for row in found):
+            raise NeedError(
+                f"{asking[0]} needs rows of kind 'aside' with answers among the training rows, and there are none: a "
+                "run prepares them; a trainer of your own is given them"
+            )
+        return found
 
     @property
     def _policy(self) -> PeftModel:
@@ -155,8 +171,7 @@ class DefenseMixin(_Base):
         outputs = self._reference.outputs(batch, wanted, blocks=blocks) if asked else None
         step = MicroStep(batch, wanted, outputs, self._counts)
         with contextlib.ExitStack() as stack:
-            if self.fast:
-                stack.enter_context(fast_lora(self._policy))
+            stack.enter_context(fast_lora(self._policy, on=self.fast))
             for defense in self._active:
                 stack.enter_context(defense.forward(model))
             loss = super().training_step(model, {"holdtrue_step": step}, num_items_in_batch)
@@ -181,12 +196,15 @@ class DefenseMixin(_Base):
 
     def _finish_window(self) -> None:
         parameters = {n: p for n, p in self._policy.named_parameters() if p.requires_grad}
+        aside = self._aside_gradient if self._aside else None
+        context = GradientContext(parameters, self.state.global_step, aside)
         for defense in self._active:
-            defense.gradient(GradientContext(parameters, self.state.global_step))
+            defense.gradient(context)
         names = sorted(self._window)
         values = torch.stack([self._window[n].double() for n in names])
         sums = dict(zip(names, self._over_ranks(values), strict=True))
         self.step_metrics = self._means(sums, time.perf_counter() - self._window_started)
+        self.step_metrics |= context.metrics
         if not all(map(math.isfinite, self.step_metrics.values())):
             bad = [n for n, v in self.step_metrics.items() if not math.isfinite(v)]
             raise RunError(
@@ -308,6 +326,39 @@ class DefenseMixin(_Base):
             loss = loss + _coefficient(defense.weight, counts["examples"]) * total
         # Ties the loss to every adapter weight also where nothing is covered, or DDP would wait for gradients.
         return loss + 0.0 * hidden.sum()
+
+    def _aside_gradient(self) -> dict[str, Tensor]:
+        """Return the gradient of the mean KL to the reference over the answers of the rows kept aside."""
+        lm, size = causal_lm(self._policy), self.args.per_device_train_batch_size
+        parameters = {n: p for n, p in self._policy.named_parameters() if p.requires_grad}
+        own = {name: parameter.grad for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad = None
+        collate = Collator(0)
+        batches = [
+            Batch.of(self._prepare_inputs(collate(self._aside[i : i + size]))) for i in range(0, len(self._aside), size)
+        ]
+        count = sum(float(batch.response.sum()) for batch in batches)
+        try:
+            for batch in batches:
+                positions = batch.positions(batch.response)
+                divergence = TokenTerm("kl", positions.response, 1 / count, lambda c: c.divergence, reference=True)
+                reference = self._reference.outputs(batch, batch.response).hidden
+                with self.compute_loss_context_manager(), fast_lora(self._policy, on=self.fast):
+                    loss, _ = token_objective(
+                        final_hidden(lm, batch.input_ids)[positions.row, positions.column],
+                        self._head,
+                        positions,
+                        ce_coefficient=0.0,
+                        terms=[divergence],
+                        reference_hidden=reference,
+                        vocabulary=self._vocabulary,
+                    )
+                    loss.backward()
+            return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = own[name]
 
     # Measuring and logging
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from holdtrue.data.batching import RIDING
 from holdtrue.defenses.base import TokenChunk
+from holdtrue.divergence import Comparison
 
 LOGITS_PER_CHUNK = 2**21
 """Logits held at once for one model: 8 MiB in float32, whatever the vocabulary."""
@@ -126,25 +127,27 @@ def token_objective(
     def part(logits: Tensor, at: slice) -> tuple[Tensor, Tensor | None]:
         """Return the chunk's loss and its gradient with respect to the logits, where one is wanted."""
         wanted = torch.is_grad_enabled()
+        chunk = positions.take(at)
         with torch.no_grad():
             policy = _log_probabilities(logits)
-            reference = None
+            reference, comparison = None, None
             if reference_hidden is not None and at.start < m:
                 reference = _log_probabilities(head(reference_hidden[at]))
-        chunk = positions.take(at)
+                comparison = Comparison(policy, reference, gradient=wanted)
         here = [t for t in terms if not t.reference or reference is not None]
         policy.requires_grad_(wanted and bool(here))
-        view = TokenChunk(policy, reference, chunk.targets, chunk.trained, chunk.place, chunk.kind)
+        compared = None if comparison is None else comparison.divergence
+        view = TokenChunk(policy, reference, chunk.targets, chunk.trained, chunk.place, chunk.kind, compared)
         total = policy.new_zeros(())
         for term in here:
             value = torch.where(term.covered[at], term.values(view), 0.0).sum()
             sums[f"defense/{term.name}"] += value.detach()
             total = total + term.coefficient * value
-        gradient = torch.autograd.grad(total, policy)[0] if total.requires_grad else None
+        by_policy, by_divergence = _derived(total, policy, compared)
         with torch.no_grad():
-            if reference is not None:
+            if compared is not None:
                 measured = chunk.response & (chunk.kind != RIDING)
-                sums["kl"] += torch.where(measured, view.divergence.detach(), 0.0).sum()
+                sums["kl"] += torch.where(measured, compared, 0.0).sum()
                 sums["kl_count"] += measured.sum()
             policy = policy.detach()
             targets = chunk.targets.clamp_min(0).unsqueeze(-1)
@@ -154,17 +157,28 @@ def token_objective(
             loss = total.detach() + ce_coefficient * ce.sum()
             if not wanted:
                 return loss, None
-            # The gradient of CE with respect to the log-probabilities has one entry a row; what the softmax makes of
-            # it, and of the terms' gradient, is written down here, for a graph would pass over the logits thrice more.
-            share = (chunk.trained.to(policy.dtype) * ce_coefficient).unsqueeze(-1)
-            if gradient is None:
-                gradient = policy.exp().mul_(share)
+            # What the softmax makes of the derivatives by log-probabilities and divergence is written down here, in
+            # place: a graph would sweep over the logits half a dozen times more. CE's has one entry a row.
+            share = chunk.trained.to(policy.dtype) * ce_coefficient
+            weight = share if by_policy is None else share - by_policy.sum(-1)
+            if comparison is not None and by_divergence is not None:
+                slope = comparison.slope(by_divergence, weight)
             else:
-                slope = gradient.sum(-1, keepdim=True) - share
-                gradient = torch.addcmul(gradient, policy.exp_(), slope, value=-1.0)
-            return loss, gradient.scatter_add_(-1, targets, -share).to(logits.dtype)
+                slope = policy.exp_().mul_(weight.unsqueeze(-1))
+            if by_policy is not None:
+                slope += by_policy
+            return loss, slope.scatter_add_(-1, targets, -share.unsqueeze(-1)).to(logits.dtype)
 
     return TokenResult(_Chunked.apply(hidden, head, part, pieces), sums)  # type: ignore[return-value]
+
+
+def _derived(total: Tensor, policy: Tensor, compared: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the derivatives of ``total`` by the log-probabilities and by the divergence, where it depends on them."""
+    if not total.requires_grad:
+        return None, None
+    leaves = [policy] if compared is None else [policy, compared]
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return found[0], found[1] if compared is not None else None
 
 
 def _exact(x: Tensor) -> torch.dtype:

@@ -1,284 +1,276 @@
-"""The reference's states on disk, so that later epochs and other runs on the same rows need no pass of the reference.
-
-An entry is one row's states at some positions: the final ones, or a block's. Its key is a digest of the model's
-revision and precision, the row's tokens and the positions, so that nothing of another model, template or mask is ever
-found. It lies in an LMDB environment: memory-mapped, read by several processes while one writes, whole after a kill.
-"""
+"""States of the frozen reference kept on disk, so that no row goes through the reference twice."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import struct
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-import lmdb
 import numpy as np
-import torch
-from torch import Tensor
 
 from holdtrue.errors import RunError
+from holdtrue.training import cache_entry
+from holdtrue.training.cache_store import BOOKKEEPING, PAGE, SPARE, Book, acquire, footprint, release
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-FORMAT = b"1"
-_MAGIC = b"HTRS"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DIGEST = 16
-_OVERHEAD = 2**26
-"""Bytes of the map beyond twice the limit: pages that a transaction frees can be used by later ones only."""
-
-_open: dict[Path, _Shared] = {}
-_lock = threading.Lock()
+_NOTE_AFTER = 1024
+_TRIES = 3
 
 
 class CacheStats(NamedTuple):
-    """Of this object: entries found, not found and corrupt; of the file: entries, their bytes, and the limit."""
+    """``entries`` and ``bytes`` are the folder's; the other counts are of one open cache."""
 
-    hits: int
-    misses: int
-    corrupt: int
     entries: int
     bytes: int
     limit_bytes: int
+    hits: int
+    misses: int
+    corrupt: int
+    evicted: int
+    skipped: int
 
 
-def bytes_needed(final_tokens: int, width: int, itemsize: int, *, block_tokens: int = 0, blocks: int = 0) -> int:
-    """Return the bytes of a data set's states: final ones at ``final_tokens``, ``blocks`` outputs at others."""
-    return (final_tokens + block_tokens * blocks) * width * itemsize
+def bytes_needed(tokens: int, width: int, parts: int, itemsize: int, *, rows: int = 0) -> int:
+    """Return how many bytes of the limit some rows will take.
+
+    Args:
+        tokens: positions stored, over all rows.
+        width: the model's hidden size.
+        parts: tensors for each row: 1 for the final states, and 1 for each block.
+        itemsize: bytes of a number: 2 or 4.
+        rows: with their number the result is an upper bound; without it, the bare numbers.
+    """
+    # An entry starts with 16 bytes and 8 for each of at most four dimensions, and ends within a page.
+    return tokens * width * parts * itemsize + rows * parts * (16 + 32 + 16 + PAGE + BOOKKEEPING)
 
 
 class ReferenceCache:
-    """States of a frozen model, kept in ``folder`` by row and positions.
+    """Tensors in one LMDB file under keys that name the model, the row and the positions.
 
-    What is written since this object was made, or was found by it, is not given up for new entries: a data set larger
-    than the limit is kept in part, where giving up the oldest would keep nothing for the next epoch. Entries of
-    earlier runs go first, oldest first. A cache that cannot be written to any more says so once, and the run goes on.
+    Several processes may use a folder at once. What fails afterwards costs time and no run: an entry that cannot be
+    read is absent, one that cannot be written is not kept, and the log says so once. What is damaged is deleted and
+    never returned.
+
+    When full, a put deletes what was unused for longest, but nothing that was used since this cache was opened: an
+    epoch reads each row once, so that to make room for a row by deleting another of the same data loses more than it
+    brings. What then does not fit is not stored (``skipped``). Open one cache for each run.
 
     Args:
-        folder: made if it is not there, readable by the user alone: states give rows away.
-        limit_bytes: of all entries of the folder, whatever model they are of.
-        namespace: what the states depend on beside tokens and positions: model revision, precision, device type.
+        folder: holds nothing else; made, and kept, readable for its owner only. On a local disk.
+        limit_bytes: of all entries together, as :func:`bytes_needed` counts them. The file can become a quarter and
+            64 MiB larger, and does not shrink.
+        namespace: all that the states depend on beside row and part: the model's revision, dtype, attention, format.
 
     Raises:
-        RunError: the folder holds a newer format, or cannot be opened.
+        RunError: the folder cannot be opened, is not private, holds other files, or is of another format.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int, namespace: str) -> None:
-        if limit_bytes < 1:
-            raise ValueError(f"limit_bytes must be at least 1, not {limit_bytes}")
-        self.folder, self.limit_bytes = Path(folder), limit_bytes
-        self._namespace = namespace.encode()
-        self._shared = _Shared.open(self.folder, 2 * limit_bytes + _OVERHEAD)
-        self._hits = self._misses = self._corrupt = 0
-        self._found: set[bytes] = set()
+        if limit_bytes <= 0:
+            raise RunError(
+                f"the reference cache's limit is {limit_bytes} bytes; give at least 1, or turn the cache off"
+            )
+        self.limit_bytes = limit_bytes
+        self.namespace = namespace
+        self._store = acquire(Path(folder), -(-(limit_bytes + limit_bytes // 4 + SPARE) // PAGE) * PAGE)
+        self.folder = self._store.folder
+        self._closed = False
+        self._own = threading.Lock()
         self._warned: set[str] = set()
-        self._first = self._shared.next_number()
+        self._used: set[bytes] = set()
+        self._hits = self._misses = self._corrupt = self._evicted = self._skipped = 0
+        self._since = 0
+        with self._harmless("read"), self._store.open() as book:
+            self._since = book.next_stamp
 
     def key(self, part: str, input_ids: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray) -> bytes:
-        """Return the key of a row's states: ``part`` says which (``final``, ``block:7``), ``positions`` where."""
-        digest = hashlib.blake2b(digest_size=32)
-        for piece in (
-            self._namespace,
-            part.encode(),
-            *(np.asarray(x, dtype="<i8").tobytes() for x in (input_ids, positions)),
+        """Return an entry's key, 32 bytes: BLAKE2b over namespace, part, token ids and positions, each with its length.
+
+        Args:
+            part: ``final``, or ``block:7``.
+            input_ids: the row, (length,).
+            positions: which of its positions are stored, (stored,).
+
+        Raises:
+            ValueError: ids or positions are not whole numbers in one dimension.
+        """
+        digest = hashlib.blake2b(digest_size=32, person=b"holdtrue refs")
+        for data in (
+            self.namespace.encode("utf-8", "surrogatepass"),
+            part.encode("utf-8", "surrogatepass"),
+            _integers("input_ids", input_ids),
+            _integers("positions", positions),
         ):
-            digest.update(struct.pack("<q", len(piece)))
-            digest.update(piece)
+            digest.update(struct.pack("<Q", len(data)) + data)
         return digest.digest()
 
     def get_many(self, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """Return the states of ``keys`` on the CPU, ``None`` where there are none that are whole."""
-        found: list[Tensor | None] = []
-        broken: list[bytes] = []
-        try:
-            with self._shared.env.begin(db=self._shared.states, buffers=True) as transaction:
-                for key in keys:
-                    value = transaction.get(key)
-                    state = None if value is None else _unpacked(key, value)
-                    if value is not None and state is None:
-                        broken.append(key)
-                    found.append(state)
-        except lmdb.Error as error:
-            self._warn_once("read", error)
-            return [None] * len(keys)
-        self._found.update(key for key, state in zip(keys, found, strict=True) if state is not None)
-        self._hits += sum(state is not None for state in found)
-        self._misses += sum(state is None for state in found)
-        if broken:
-            self._corrupt += len(broken)
-            logger.warning("%s: %d entries were corrupt and are computed again", self.folder, len(broken))
-            self._write(lambda transaction: self._shared.drop(transaction, broken))
+        """Return tensors on the CPU, each in memory of its own; ``None`` for what is absent or damaged."""
+        self._check_open()
+        found: list[Tensor | None] = [None] * len(keys)
+        damaged: list[bytes] = []
+        with self._own:
+            with self._harmless("read"), self._store.open() as book:
+                for i, key in enumerate(keys):
+                    entry = book.get(key)
+                    if entry is None:
+                        continue
+                    found[i] = cache_entry.unpack(key, entry)
+                    if found[i] is None:
+                        damaged.append(key)
+                    elif (book.stamp(key) or 0) < self._since:
+                        self._used.add(key)
+            hits = sum(tensor is not None for tensor in found)
+            self._hits += hits
+            self._misses += len(keys) - hits
+            if damaged:
+                self._delete(damaged)
+            if len(self._used) >= _NOTE_AFTER:
+                self._note_use()
         return found
 
     def put_many(self, items: Mapping[bytes, Tensor]) -> None:
-        """Keep states, in one transaction; those for which there is no room are left out."""
-        packed = {key: _packed(key, state) for key, state in items.items()}
+        """Store tensors in one transaction, as far as they fit; see the class for what makes room.
 
-        def write(transaction: Any) -> None:
-            states, ages = self._shared.states, self._shared.ages
-            total = self._shared.total(transaction)
-            for key, value in packed.items():
-                if transaction.get(key, db=states) is not None:
-                    continue
-                if total + len(value) > self.limit_bytes:
-                    total -= self._make_room(transaction, total + len(value) - self.limit_bytes)
-                if total + len(value) > self.limit_bytes:
-                    continue
-                number = self._shared.take_number(transaction)
-                transaction.put(key, struct.pack(">Q", number) + value, db=states)
-                transaction.put(struct.pack(">Q", number), key, db=ages)
-                total += len(value)
-            self._shared.set_total(transaction, total)
+        Raises:
+            TypeError: a tensor is not float32, bfloat16, float16 or float64.
+        """
+        import lmdb
 
-        self._write(write)
+        self._check_open()
+        if not items:
+            return
+        entries = {key: cache_entry.pack(key, tensor) for key, tensor in items.items()}
+        with self._own, self._harmless("written"):
+            for left in reversed(range(_TRIES)):
+                try:
+                    with self._store.open(write=True) as book:
+                        evicted, skipped = self._put(book, entries)
+                except lmdb.MapFullError:
+                    if not left:
+                        raise
+                    self._make_room(2 * sum(footprint(len(entry)) for entry in entries.values()))
+                    continue
+                self._used.clear()
+                self._evicted += evicted
+                self._skipped += skipped
+                if skipped:
+                    self._warn(
+                        "full",
+                        f"the reference cache {self.folder} is full ({self.limit_bytes} bytes) of what this run uses; "
+                        "rows that do not fit go through the reference each time. Raise its limit to change that",
+                    )
+                return
 
     def stats(self) -> CacheStats:
-        """Count what is there and what was found."""
-        with self._shared.env.begin() as transaction:
-            entries = transaction.stat(self._shared.states)["entries"]
-            size = self._shared.total(transaction)
-        return CacheStats(self._hits, self._misses, self._corrupt, entries, size, self.limit_bytes)
+        """Return the folder's contents and what this cache did so far."""
+        self._check_open()
+        entries = size = 0
+        with self._harmless("read"), self._store.open() as book:
+            entries, size = book.count, book.total
+        counts = (self._hits, self._misses, self._corrupt, self._evicted, self._skipped)
+        return CacheStats(entries, size, self.limit_bytes, *counts)
 
     def close(self) -> None:
-        """Let go of the file; the object is of no use afterwards."""
-        self._shared.release()
+        """Note what was used, and close the file if no other cache of this process uses it."""
+        if self._closed or self._store.pid != os.getpid():  # a forked process has nothing to close
+            return
+        with self._own:
+            self._closed = True
+            self._note_use()
+            release(self._store)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _make_room(self, transaction: Any, wanted: int) -> int:
-        """Drop entries of earlier runs, oldest first, until ``wanted`` bytes are free; return how many were freed."""
-        freed, going = 0, []
-        for number, key in transaction.cursor(db=self._shared.ages):
-            if freed >= wanted or struct.unpack(">Q", number)[0] >= self._first:
-                break
-            if bytes(key) in self._found:
-                continue
-            value = transaction.get(key, db=self._shared.states)
-            freed += 0 if value is None else len(value) - 8
-            going.append(bytes(key))
-        self._shared.drop(transaction, going, counted=False)
-        return freed
+    def _put(self, book: Book, entries: Mapping[bytes, bytearray]) -> tuple[int, int]:
+        book.touch(self._used)
+        evicted = skipped = 0
+        for key, entry in entries.items():
+            book.remove(key)
+            size = footprint(len(entry))
+            if size <= self.limit_bytes:
+                evicted += book.evict(self.limit_bytes - size, self._since)
+            if book.total + size <= self.limit_bytes:
+                book.insert(key, entry)
+            else:
+                skipped += 1
+        return evicted, skipped
 
-    def _write(self, work: Any) -> None:
+    def _make_room(self, size: int) -> None:
+        """Free more than is needed: the file is cut up, or others still read what was freed."""
+        with self._store.open(write=True) as book:
+            book.touch(self._used)
+            evicted = book.evict(max(0, book.total - size), self._since)
+        self._used.clear()
+        self._evicted += evicted
+        self._store.forget_dead_readers()
+        with self._store.open(write=True) as book:
+            book.mark()
+
+    def _note_use(self) -> None:
+        if self._used:
+            with self._harmless("written"), self._store.open(write=True) as book:
+                book.touch(self._used)
+            self._used.clear()
+
+    def _delete(self, keys: list[bytes]) -> None:
+        self._corrupt += len(keys)
+        self._warn(
+            "corrupt",
+            f"the reference cache {self.folder} held a damaged entry; it was deleted and is computed again. "
+            "If this comes again, check the disk",
+        )
+        with self._harmless("written"), self._store.open(write=True) as book:
+            for key in keys:
+                entry = book.get(key)
+                # Another process may have stored it anew.
+                if entry is not None and cache_entry.unpack(key, entry) is None:
+                    book.remove(key)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RunError(f"the reference cache {self.folder} is closed; open it again")
+        self._store.check_process()
+
+    @contextlib.contextmanager
+    def _harmless(self, done: str) -> Iterator[None]:
+        """Log the file's errors once, and go on as if there were no cache."""
+        import lmdb
+
         try:
-            with self._shared.env.begin(write=True) as transaction:
-                work(transaction)
-        except lmdb.Error as error:
-            self._warn_once("written to", error)
-
-    def _warn_once(self, verb: str, error: Exception) -> None:
-        if verb in self._warned:
-            return
-        self._warned.add(verb)
-        logger.warning("the reference cache %s cannot be %s and is passed over: %s", self.folder, verb, error)
-
-
-class _Shared:
-    """An open LMDB environment, once for a process: opening one twice would break its locks."""
-
-    def __init__(self, folder: Path, map_size: int) -> None:
-        self.folder, self.users, self.pid = folder, 0, os.getpid()
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.env = lmdb.open(str(folder), map_size=map_size, max_dbs=3, mode=0o600, max_readers=256)
-            self.states, self.ages, self.meta = (self.env.open_db(name) for name in (b"states", b"ages", b"meta"))
-            with self.env.begin(write=True) as transaction:
-                found = transaction.get(b"format", db=self.meta)
-                if found is None:
-                    transaction.put(b"format", FORMAT, db=self.meta)
-        except (lmdb.Error, OSError) as error:
-            raise RunError(
-                f"the reference cache {folder} cannot be opened: {error}. Delete that folder, or turn the cache off"
-            ) from error
-        if found not in (None, FORMAT):
-            self.env.close()
-            raise RunError(
-                f"the reference cache {folder} has format {bytes(found).decode(errors='replace')!r} and this version "
-                f"reads {FORMAT.decode()!r}: delete that folder, or turn the cache off"
+            yield
+        except (lmdb.Error, OSError, struct.error) as error:
+            self._warn(
+                done,
+                f"the reference cache {self.folder} cannot be {done}: {error}. Training goes on without what is "
+                "missing. Free some space, or delete the folder if it is damaged",
             )
 
-    @classmethod
-    def open(cls, folder: Path, map_size: int) -> _Shared:
-        place = folder.resolve()
-        with _lock:
-            shared = _open.get(place)
-            if shared is None or shared.pid != os.getpid():  # an environment does not outlive a fork
-                shared = _open[place] = cls(place, map_size)
-            elif shared.env.info()["map_size"] < map_size:
-                shared.env.set_mapsize(map_size)
-            shared.users += 1
-            return shared
-
-    def release(self) -> None:
-        with _lock:
-            self.users -= 1
-            if self.users == 0 and self.pid == os.getpid():
-                _open.pop(self.folder, None)
-                self.env.close()
-
-    def total(self, transaction: Any) -> int:
-        return self._number(transaction, b"bytes")
-
-    def set_total(self, transaction: Any, total: int) -> None:
-        transaction.put(b"bytes", struct.pack("<Q", total), db=self.meta)
-
-    def next_number(self) -> int:
-        with self.env.begin() as transaction:
-            return self._number(transaction, b"next")
-
-    def take_number(self, transaction: Any) -> int:
-        number = self._number(transaction, b"next")
-        transaction.put(b"next", struct.pack("<Q", number + 1), db=self.meta)
-        return number
-
-    def drop(self, transaction: Any, keys: Iterable[bytes], *, counted: bool = True) -> None:
-        freed = 0
-        for key in keys:
-            value = transaction.get(key, db=self.states)
-            if value is not None:
-                freed += len(value) - 8
-                transaction.delete(bytes(value[:8]), db=self.ages)
-                transaction.delete(key, db=self.states)
-        if counted:
-            self.set_total(transaction, max(0, self.total(transaction) - freed))
-
-    def _number(self, transaction: Any, name: bytes) -> int:
-        value = transaction.get(name, db=self.meta)
-        return 0 if value is None else struct.unpack("<Q", value)[0]
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(text)
 
 
-def _packed(key: bytes, state: Tensor) -> bytes:
-    state = state.detach().cpu().contiguous()
-    whole = state.view(torch.int16) if state.dtype == torch.bfloat16 else state
-    head = (
-        _MAGIC
-        + struct.pack("<BB", _DTYPES.index(state.dtype), state.dim())
-        + struct.pack(f"<{state.dim()}q", *state.shape)
-    )
-    body = head + whole.numpy().tobytes()
-    return _digest(key, body) + body
-
-
-def _unpacked(key: bytes, value: memoryview) -> Tensor | None:
-    """Read an entry, its number in front; ``None`` where a byte of it is not as it was written."""
-    digest, body = bytes(value[8 : 8 + _DIGEST]), value[8 + _DIGEST :]
-    if len(body) < 6 or _digest(key, body) != digest or bytes(body[:4]) != _MAGIC:
-        return None
-    code, dimensions = body[4], body[5]
-    shape = struct.unpack_from(f"<{dimensions}q", body, 6)
-    dtype = _DTYPES[code]
-    raw = bytearray(body[6 + 8 * dimensions :])
-    return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.zeros(shape, dtype=dtype)
-
-
-def _digest(key: bytes, body: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(body, digest_size=_DIGEST, key=key).digest()
+def _integers(name: str, values: Sequence[int] | np.ndarray) -> bytes:
+    given = np.asarray(values)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be whole numbers in one dimension, not {given.dtype} of shape {given.shape}")
+    whole = given.astype("<i8")
+    if given.dtype.kind == "u" and (whole < 0).any():
+        raise ValueError(f"{name} holds a number above 2**63 - 1")
+    return whole.tobytes()
