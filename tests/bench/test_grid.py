@@ -41,7 +41,9 @@ def trained(out: Path) -> dict[str, int]:
     return {path.parent.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/stages/train.json")}
 
 
-def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(write: Write, tmp_path: Path, capfd: Capture) -> None:
+def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(
+    write: Write, tmp_path: Path, capfd: Capture
+) -> None:
     out = tmp_path / "out"
     code, index = run(write(lambda v: v.update(bounds={"benign_kept": None})), out)
     assert code == 0
@@ -57,7 +59,8 @@ def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(write: Write,
         assert list((out / "tables").glob(f"{name}*")) or name in ("strength", "pareto")
     page = (out / "index.html").read_text()
     assert page.count('href="reports/') == 2
-    assert all((out / link.split('"')[0]).is_file() for link in page.split('href="')[1:])
+    links = [link.split('"')[0] for link in page.split(' href="')[1:]]
+    assert all((out / link).is_file() for link in links if not link.startswith("#"))
 
     before = trained(out)
     assert run(write(), out)[0] == 0
@@ -128,7 +131,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(write: Write, tmp_path: Path)
 
 
 def test_a_worker_that_dies_fails_its_cell_alone(write: Write, tmp_path: Path) -> None:
-    grid = load_grid(write(lambda v: v["training"].update(epochs=30)))
+    grid = load_grid(write(lambda v: v["training"].update(epochs=6)))
     cells, killed = expand(grid), []
 
     def kill(fields: dict[str, Any]) -> None:

@@ -66,7 +66,9 @@ def test_a_file_that_is_not_there_stops_the_grid_before_any_cell(write: Write) -
 
 def test_two_settings_that_are_one_run_are_refused(write: Write) -> None:
     grid = load_grid(write(lambda v: v["settings"].update(again=[{"kl": {"weight": 0.5, "tokens": "all"}}])))
-    with pytest.raises(SpecError, match="kl on houses, tiny, seed 0 and again on houses, tiny, seed 0 are the same run"):
+    with pytest.raises(
+        SpecError, match="kl on houses, tiny, seed 0 and again on houses, tiny, seed 0 are the same run"
+    ):
         expand(grid)
 
 
