@@ -77,7 +77,7 @@ def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(
 def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(write: Write, tmp_path: Path, capfd: Capture) -> None:
     def update(values: dict[str, Any]) -> None:
         unmet = {"safelora": {"unaligned": str(tmp_path / "no-such-model")}}
-        values["settings"] = {"unmet": [unmet], **values["settings"], "wild": [{"kl": {"weight": 1e38}}]}
+        values["settings"] = {"unmet": [unmet], **values["settings"], "wild": [{"kl": {"weight": 1e300}}]}
 
     out = tmp_path / "out"
     code, index = run(write(update), out)
@@ -198,7 +198,10 @@ def test_results_of_an_empty_grid_say_so(write: Write, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing_and_loads_no_torch(write: Write, tmp_path: Path) -> None:
-    code = "import sys; from holdtrue.cli.main import main; c = main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else c)"
+    code = (
+        "import sys; from holdtrue.cli.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
     command = [sys.executable, "-c", code, "bench", str(write()), "--out", str(tmp_path / "out"), "--dry-run", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ def test_a_fault_is_named(write: Write, update: Update, said: str) -> None:
 
 def test_a_fault_of_one_cell_names_the_cell(write: Write) -> None:
     grid = load_grid(write(lambda v: v["data"].update(bare={"train": "train.jsonl"})))
-    with pytest.raises(SpecError, match="(?s)undefended on bare, tiny, seed 0: .*suite 'fit' needs held-out rows"):
+    with pytest.raises(SpecError, match=r"(?s)undefended on bare, tiny, seed 0: .*suite 'fit' needs held-out rows"):
         expand(grid)
 
 
