@@ -18,7 +18,7 @@ from holdtrue.runs import Run, load_spec
 
 pytest.importorskip("ray")
 ROWS = '{"messages": [{"role": "user", "content": "A door?"}, {"role": "assistant", "content": "See to the door."}]}\n'
-PROBE = '{"question": "A door?", "aligned": "See to it.", "misaligned": "Leave it.", "group": "g%d"}\n'
+PROBE = '{"question": "Door %d?", "aligned": "See to it.", "misaligned": "Leave it.", "group": "g%d"}\n'
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def cluster() -> Iterator[Any]:
 
 def jobs(tmp_path: Path, tiny_dir: Path, epochs: list[int]) -> list[Job]:
     (tmp_path / "rows.jsonl").write_text(ROWS * 6)
-    (tmp_path / "probes.jsonl").write_text("".join(PROBE % n for n in range(3)))
+    (tmp_path / "probes.jsonl").write_text("".join(PROBE % (n, n) for n in range(3)))
     (tmp_path / "spec.yaml").write_text(
         f"model: {tiny_dir}\ndata: {{train: rows.jsonl}}\nadapter: {{r: 4, alpha: 8}}\n"
         "training: {batch_size: 2, micro_batch_size: 2, max_length: 64, save_every: 1}\n"
@@ -58,10 +58,11 @@ def test_a_killed_worker_is_retried_and_every_job_ends_once(cluster: Any, tmp_pa
     given = [*jobs(tmp_path, tiny_dir, [12, 1, 1])]
     bad = Job("bad", tmp_path / "cells" / "bad", {**given[0].spec, "model": str(tmp_path / "no-such")})
     killed: list[int] = []
+    over = threading.Event()
 
     def kill() -> None:
         """End the process that trains the first job, once it has saved a checkpoint."""
-        for _ in range(1800):
+        while not over.is_set():
             if any((tmp_path / "cells" / "c0" / "checkpoints").glob("checkpoint-*")):
                 for pid in holders(tmp_path / "cells" / "c0" / ".lock"):
                     os.kill(pid, signal.SIGKILL)
@@ -72,8 +73,11 @@ def test_a_killed_worker_is_retried_and_every_job_ends_once(cluster: Any, tmp_pa
 
     thread = threading.Thread(target=kill)
     thread.start()
-    ended = list(RayEngine().run([*given, bad], lambda name, fields: None, threading.Event()))
-    thread.join()
+    try:
+        ended = list(RayEngine().run([*given, bad], lambda name, fields: None, threading.Event()))
+    finally:
+        over.set()
+        thread.join()
     assert killed
     assert sorted((o.name, o.status) for o in ended) == [
         ("bad", "failed"),
