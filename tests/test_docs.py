@@ -187,9 +187,25 @@ def test_the_data_page_has_every_shipped_file():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipes_parse(path: Path):
+    from holdtrue.bench import load_grid
     from holdtrue.runs import load_spec
 
-    assert load_spec(path).defenses
+    if "settings" in yaml.safe_load(path.read_text(encoding="utf-8")):
+        assert load_grid(path).variants()
+    else:
+        assert load_spec(path).defenses
+
+
+def test_the_grid_pages_example_parses_and_names_every_key(tmp_path: Path):
+    from holdtrue.bench import Bounds, GridSpec, load_grid
+
+    text = page("how-to/run-a-grid.md")
+    (tmp_path / "grid.yaml").write_text(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])
+    grid = load_grid(tmp_path / "grid.yaml")
+    cells = len(grid.models) * len(grid.data) * len(grid.variants()) * len(grid.seeds)
+    assert f"1 model × 2 data sets × {len(grid.variants())} settings × 3 seeds: {cells} runs" in text
+    for name in [*GridSpec.model_fields, *Bounds.model_fields]:
+        assert f"`{name}`" in text or name == "folder", name
 
 
 def test_the_spec_pages_example_parses(tmp_path: Path):

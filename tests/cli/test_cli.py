@@ -50,7 +50,7 @@ def test_help_takes_less_than_a_second() -> None:
 def test_help_names_every_command(capfd: Capture) -> None:
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
-    for command in ("train", "resume", "eval", "compare", "defenses", "models", "scorers", "persona", "demo"):
+    for command in ("train", "resume", "eval", "compare", "defenses", "models", "scorers", "persona", "bench", "demo"):
         assert command in text
         assert main([command, "--help"]) == 0
 

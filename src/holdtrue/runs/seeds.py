@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdtrue.runs.directory import Run
 
@@ -37,15 +37,46 @@ class SeedMeasure:
 
 def seed_measures(runs: Sequence[Run]) -> list[SeedMeasure]:
     """Return what two or more runs of one spec, each with its own seed, say together."""
+    return [measure for group in _groups(runs) for measure in measure_group(group)]
+
+
+def measure_group(group: Sequence[Run]) -> list[SeedMeasure]:
+    """Return what runs that differ in nothing but their seed say together; one run is one seed."""
     found: list[SeedMeasure] = []
-    for group in _groups(runs):
-        for suite, sha256 in dict.fromkeys(
-            (r["suite"], r["data"]["sha256"]) for run in group for r in run.evaluations() if r["suite"] in _COLUMNS
-        ):
-            records = [[run.evaluation(suite, which, sha256) for run in group] for which in ("tuned", "untouched")]
-            if None not in records[0] and None not in records[1]:
-                found += _together(group, suite, sha256, *records)
+    for suite, sha256 in dict.fromkeys(
+        (r["suite"], r["data"]["sha256"]) for run in group for r in run.evaluations() if r["suite"] in _COLUMNS
+    ):
+        records = [[run.evaluation(suite, which, sha256) for run in group] for which in ("tuned", "untouched")]
+        if None not in records[0] and None not in records[1]:
+            found += _together(group, suite, sha256, *records)
     return found
+
+
+class SeedRow(NamedTuple):
+    """A row's number on the tuned and on the untouched model, ``None`` where it does not count, and its cluster."""
+
+    tuned: float | None
+    untouched: float | None
+    cluster: Any
+
+
+def seed_rows(group: Sequence[Run], suite: str, metric: str, sha256: str) -> list[list[SeedRow]] | None:
+    """Return the rows of a number for each run of a group, in the data's order; ``None`` where a run lacks it."""
+    from holdtrue.evaluation import read_result
+
+    value_of, cluster_of, _ = _COLUMNS[suite][metric]
+    found: list[list[SeedRow]] = []
+    for run in group:
+        after, before = (run.evaluation(suite, which, sha256) for which in ("tuned", "untouched"))
+        if after is None or before is None:
+            return None
+        pairs = zip(read_result(after).rows, read_result(before).rows, strict=True)
+        found.append([SeedRow(_float(value_of(a)), _float(value_of(b)), cluster_of(a)) for a, b in pairs])
+    return found
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:

@@ -93,7 +93,7 @@ class RunSpec(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise SpecError(_explain(error)) from None
+            raise SpecError(explain(error, type(self))) from None
 
     @field_validator("defenses", mode="before")
     @classmethod
@@ -248,18 +248,19 @@ def _check_suites(suites: Sequence[str], files: Mapping[str, str]) -> None:
         raise ValueError("evaluate.suites: a suite is named twice")
 
 
-def _explain(error: ValidationError) -> str:
-    lines = [_line(fault["loc"], fault["type"], fault["msg"], fault.get("input")) for fault in error.errors()]
+def explain(error: ValidationError, root: type[BaseModel], what: str = "spec") -> str:
+    """Return every fault that pydantic found in a value of ``root``, with the nearest key for a misspelled one."""
+    lines = [_line(root, fault["loc"], fault["type"], fault["msg"], fault.get("input")) for fault in error.errors()]
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return f"{count} in the spec\n" + "\n".join(f"  {line}" for line in lines)
+    return f"{count} in the {what}\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _line(place: Sequence[int | str], kind: str, message: str, value: Any) -> str:
+def _line(root: type[BaseModel], place: Sequence[int | str], kind: str, message: str, value: Any) -> str:
     where = ".".join(str(part) for part in place)
     if kind == "extra_forbidden":
         if where in LATER:
             return f"{where}: {LATER[where]}, it comes later; remove the key"
-        known = _fields(place[:-1])
+        known = _fields(root, place[:-1])
         return f"{where}: unknown key{nearest(str(place[-1]), known) or '; known here: ' + ', '.join(sorted(known))}"
     if kind == "missing":
         return f"{where}: missing"
@@ -268,9 +269,11 @@ def _line(place: Sequence[int | str], kind: str, message: str, value: Any) -> st
     return f"{where}: {message}{shown}" if where else f"{message}{shown}"
 
 
-def _fields(place: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] = RunSpec
+def _fields(root: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    model = root
     for part in place:
+        if str(part) not in model.model_fields:
+            continue  # a key of a mapping, or an index: the model is that of its items
         annotation = model.model_fields[str(part)].annotation
         kinds = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         if not kinds:

@@ -1,0 +1,163 @@
+"""What a grid will take, before it is run: a simple model of size, tokens, memory and time, without loading weights.
+
+Stated with its assumptions in ``MODEL``; right within a factor of two or three, which is what it is for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from holdtrue.bench.cells import Cell
+from holdtrue.runs.spec import RunSpec
+
+CHARACTERS_A_TOKEN = 4.0
+TOKENS_A_TURN = 8
+FLOPS = {"train": 4.0, "recompute": 2.0, "reference": 2.0, "score": 2.0}
+"""Operations for each parameter and token: forward and the half of backward that frozen weights need, and so on."""
+CPU_FLOPS, GPU_FLOPS = 2.0e10, 1.5e14
+"""Operations a second that are reached: of a CPU core in fp32 (measured: 75 training tokens/s of 135M parameters on
+two), of a large data-center GPU in bf16."""
+GPU_SAMPLING, CPU_SAMPLING = 0.1, 0.5
+"""What sampling reaches of that: it waits for memory, on a GPU above all."""
+MODEL = (
+    "parameters P from the weights' headers where the model is a folder here, else from its name (7B); "
+    f"tokens = characters / {CHARACTERS_A_TOKEN:g} + {TOKENS_A_TURN} a turn, cut at max_length, rows that defenses mix "
+    "in not counted; time = tokens x P x 4 (+2 with a reference, +2 with gradient checkpointing) operations, "
+    "and 2 for each sampled token at a tenth of the speed on a GPU and half on a CPU, max_new_tokens an answer, tuned "
+    "model only; "
+    f"speed {GPU_FLOPS:.1e} operations/s on a GPU, {CPU_FLOPS:.0e} on a CPU core; "
+    "memory = P x 2 bytes on a GPU (4 on a CPU) + 34 x width x layers bytes for each token of a micro-batch at "
+    "max_length (2 x with gradient checkpointing), where P = 12 x layers x width^2 and width = 128 x layers"
+)
+
+
+class Hardware(NamedTuple):
+    """What a cell runs on: ``gpu`` or CPU cores, and operations a second."""
+
+    gpu: bool
+    flops: float
+
+
+class Estimate(NamedTuple):
+    """What a cell takes.
+
+    Attributes:
+        tokens: that are trained on.
+        sampled: tokens sampled at most, in evaluation.
+        parameters: of the model; ``None`` where neither its files nor its name say, and then neither of the next two.
+        memory: bytes.
+        seconds: on one GPU, or on this machine's CPU.
+    """
+
+    tokens: int
+    sampled: int
+    parameters: float | None
+    memory: float | None
+    seconds: float | None
+
+
+def hardware() -> Hardware:
+    """Return what cells would run on here; asks the driver, and loads no torch."""
+    gpu = any(Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc").is_dir() else False
+    return Hardware(gpu, GPU_FLOPS if gpu else CPU_FLOPS * (os.cpu_count() or 1))
+
+
+def estimate_cells(cells: Sequence[Cell], where: Hardware | None = None) -> list[Estimate]:
+    """Return an estimate for each cell; files are read once.
+
+    Args:
+        cells: of a grid.
+        where: what they run on; by default this machine.
+
+    Raises:
+        DataError: a training file has faults.
+    """
+    chosen = where or hardware()
+    lengths: dict[str, list[int]] = {}
+    prompts: dict[tuple[str, str, str], int] = {}
+    return [_estimate(cell.spec, chosen, lengths, prompts) for cell in cells]
+
+
+def parameters(model: str) -> float | None:
+    """Return a model's number of parameters: from the headers of a folder's weights, else from its name."""
+    from holdtrue.models.files import read_header, weight_files
+
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        shapes = [tensor["shape"] for file in weight_files(folder) for tensor in read_header(file).values()]
+        return float(sum(math.prod(shape) for shape in shapes)) or None
+    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", Path(model).name.lower())
+    return float(found[-1][0]) * (1e9 if found[-1][1] == "b" else 1e6) if found else None
+
+
+def memory(count: float, spec: RunSpec, gpu: bool) -> float:
+    """Return the peak of training in bytes, for a model of so many parameters."""
+    layers = (count / (12 * 128**2)) ** (1 / 3)
+    width = 128 * layers
+    states = (2 if spec.training.gradient_checkpointing else 34) * width * layers
+    wide = 1 if gpu else 2  # fp32 on a CPU
+    return count * 2 * wide + states * wide * spec.training.micro_batch_size * spec.training.max_length
+
+
+def _estimate(
+    spec: RunSpec, where: Hardware, lengths: dict[str, list[int]], prompts: dict[tuple[str, str, str], int]
+) -> Estimate:
+    if spec.data.train not in lengths:
+        lengths[spec.data.train] = _lengths(spec)
+    rows = lengths[spec.data.train]
+    kept = rows[: max(0, len(rows) - spec.data.holdout)]
+    tokens = sum(min(n, spec.training.max_length) for n in kept) * spec.training.epochs
+    sampled = _sampled(spec, prompts)
+    count = parameters(spec.model)
+    if count is None:
+        return Estimate(tokens, sampled, None, None, None)
+    each = FLOPS["train"] + FLOPS["recompute"] * spec.training.gradient_checkpointing
+    each += FLOPS["reference"] * any(defense.needs().reference for defense in spec.defenses)
+    seconds = (
+        (tokens * each + sampled * FLOPS["score"] / (GPU_SAMPLING if where.gpu else CPU_SAMPLING)) * count / where.flops
+    )
+    return Estimate(tokens, sampled, count, memory(count, spec, where.gpu), seconds)
+
+
+def _lengths(spec: RunSpec) -> list[int]:
+    from holdtrue.data import read_chat, resolve_data
+
+    path = resolve_data(spec.data.train, spec.folder)
+    return [
+        sum(math.ceil(len(message.content) / CHARACTERS_A_TOKEN) + TOKENS_A_TURN for message in row.messages)
+        for row in read_chat(path)
+    ]
+
+
+def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
+    from holdtrue.data import resolve_data
+    from holdtrue.evaluation import SUITES, Material
+    from holdtrue.evaluation.benign import benign_prompts, parse_benign
+    from holdtrue.runs.tasks import suite_source
+
+    train = resolve_data(spec.data.train, spec.folder)
+    sampling, answers = spec.evaluate.sampling, 0
+    for suite in spec.evaluate.suites:
+        ask = SUITES[suite].prompts
+        if suite == "benign":
+            for task in spec.evaluate.benign:
+                if parse_benign(task).kind != "lm_eval":
+                    answers += _once(prompts, (suite, task, ""), lambda task=task: len(benign_prompts(task)))
+        elif ask is not None:
+            held_out = suite == "in_domain" and suite not in spec.evaluate.data and spec.data.validation is None
+            source = str(train if held_out else suite_source(spec, suite))
+            material = Material(source, train if suite == "conditional" else None)
+            key = (suite, source, str(train))
+            answers += sampling.samples * _once(prompts, key, lambda ask=ask, material=material: len(ask(material)))
+    return answers * sampling.max_new_tokens
+
+
+def _once(known: dict[Any, int], key: Any, make: Any) -> int:
+    if key not in known:
+        known[key] = make()
+    return known[key]

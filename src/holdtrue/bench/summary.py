@@ -1,0 +1,219 @@
+"""What the finished cells of a grid say: for each model, data set and setting, its seeds taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from holdtrue.bench.grid import Bench
+from holdtrue.bench.spec import Variant
+from holdtrue.runs import Run
+from holdtrue.runs.report.cost import cost_of
+from holdtrue.runs.report.measures import Estimate
+from holdtrue.runs.seeds import SeedMeasure, measure_group
+
+
+class Column(NamedTuple):
+    """A column of the tables: ``suite`` and ``metric`` of the measures, its title, the criterion it stands for."""
+
+    suite: str
+    metric: str
+    title: str
+    criterion: str
+    share: bool
+
+
+COLUMNS = (
+    Column("general", "misaligned", "general misaligned", "misalignment", True),
+    Column("likelihood", "margin", "margin", "misalignment", False),
+    Column("conditional", "misaligned", "under triggers misaligned", "misalignment", True),
+    Column("in_domain", "misaligned", "in-domain misaligned", "narrow", True),
+    Column("fit", "nll", "held-out NLL", "narrow", False),
+    Column("benign", "accuracy", "benign right", "benign", True),
+    Column("general", "incoherent", "incoherent", "coherence", True),
+)
+"""The four criteria, in the order of the tables; cost is a column of its own."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A number of one row: its mean over seeds, and the mean change against the untouched model, with 95 % intervals.
+
+    Attributes:
+        task: of the benign suite.
+        n: rows of one seed; ``seeds`` their number.
+    """
+
+    column: Column
+    task: str
+    value: Estimate
+    change: Estimate
+    n: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A setting on a data set and a model, with the runs of its seeds.
+
+    Attributes:
+        planned: seeds of the grid; ``runs`` those that are finished, seed by seed.
+        seconds: mean training time; ``cost`` its ratio to the baseline's, seed by seed on the same rows.
+    """
+
+    model: str
+    data: str
+    variant: Variant
+    planned: int
+    runs: dict[int, Run]
+    entries: tuple[Entry, ...]
+    seconds: float | None
+    cost: Estimate | None
+
+    def entry(self, suite: str, metric: str, task: str = "") -> Entry | None:
+        """Return a number, if it was measured."""
+        return next(
+            (e for e in self.entries if (e.column.suite, e.column.metric, e.task) == (suite, metric, task)), None
+        )
+
+
+class Table(NamedTuple):
+    """The groups of a model and a data set, in the grid's order, with what the untouched model measures."""
+
+    model: str
+    data: str
+    learns: str
+    untouched: tuple[Entry, ...]
+    groups: tuple[Group, ...]
+
+    def columns(self) -> list[tuple[Column, str]]:
+        """Return the columns that any row has, with the task of those of the benign suite."""
+        found = [(e.column, e.task) for each in (self.untouched, *(g.entries for g in self.groups)) for e in each]
+        return sorted(dict.fromkeys(found), key=lambda pair: (COLUMNS.index(pair[0]), pair[1]))
+
+
+def summarize(bench: Bench) -> list[Table]:
+    """Return a table for each model and data set.
+
+    Raises:
+        RunError: a file of a finished run is damaged.
+    """
+    tables: list[Table] = []
+    for model in bench.grid.models:
+        for data, rows in bench.grid.data.items():
+            mine = [s for s in bench.states if (s.cell.model, s.cell.data) == (model.name, data)]
+            done = {(s.cell.variant.name, s.cell.seed): Run(s.folder) for s in mine if s.status == "done"}
+            seeds = bench.grid.seeds
+            base = {
+                seed: done[bench.grid.baseline or "", seed] for seed in seeds if (bench.grid.baseline, seed) in done
+            }
+            groups = [
+                _group(
+                    model.name,
+                    data,
+                    variant,
+                    len(seeds),
+                    {s: done[variant.name, s] for s in seeds if (variant.name, s) in done},
+                    base,
+                )
+                for variant in bench.grid.variants()
+            ]
+            tables.append(Table(model.name, data, rows.learns, _untouched(list(done.values())), tuple(groups)))
+    return tables
+
+
+def _group(model: str, data: str, variant: Variant, planned: int, runs: dict[int, Run], base: dict[int, Run]) -> Group:
+    found = list(runs.values())
+    costs = [cost for run in found if (cost := cost_of(run, None)) is not None]
+    pairs = [
+        (cost_of(run, None), cost_of(base[seed], None))
+        for seed, run in runs.items()
+        if seed in base and base[seed].path != run.path
+    ]
+    ratios = [own.seconds / other.seconds for own, other in pairs if own and other and other.seconds]
+    return Group(
+        model=model,
+        data=data,
+        variant=variant,
+        planned=planned,
+        runs=runs,
+        entries=tuple(_entries(found)),
+        seconds=sum(cost.seconds for cost in costs) / len(costs) if costs else None,
+        cost=_over_seeds(ratios),
+    )
+
+
+def _entries(runs: Sequence[Run]) -> list[Entry]:
+    measured = measure_group(runs)
+    found: list[Entry] = []
+    for column in COLUMNS:
+        same = [m for m in measured if (m.suite, m.metric) == (column.suite, column.metric)]
+        for measure, record in ((m, _record(runs[0], m.suite, m.data_sha256)) for m in same):
+            if not record["data"].get("of_spec", False):
+                continue  # measured by hand, on other rows than the grid's
+            found.append(_entry(column, measure, record.get("task", ""), len(runs)))
+    return found + _without_rows(runs)
+
+
+def _without_rows(runs: Sequence[Run]) -> list[Entry]:
+    """Return the scores of benign tasks that another harness measured: it keeps no rows, so seeds are all there is."""
+    (column,) = (column for column in COLUMNS if column.suite == "benign")
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for record in run.evaluations():
+            if (record["suite"], record["which"]) == ("benign", "tuned") and not record["rows"]:
+                by_task.setdefault(record["task"], []).append(record)
+    found: list[Entry] = []
+    for task, records in by_task.items():
+        value = _over_seeds([r["accuracy"] for r in records])
+        change = _over_seeds([r["change"]["accuracy_change"] for r in records])
+        if len(records) == 1:
+            (only,) = records
+            value = Estimate(only["accuracy"], _ends(only["accuracy_ci"]))
+            change = Estimate(only["change"]["accuracy_change"], _ends(only["change"]["accuracy_change_ci"]))
+        if value is not None and change is not None:
+            found.append(Entry(column, task, value, change, records[0]["n"], len(records)))
+    return found
+
+
+def _entry(column: Column, measure: SeedMeasure, task: str, seeds: int) -> Entry:
+    return Entry(
+        column,
+        task,
+        Estimate(measure.value, _ends(measure.interval)),
+        Estimate(measure.change, _ends(measure.change_interval)),
+        measure.n,
+        seeds,
+    )
+
+
+def _record(run: Run, suite: str, sha256: str) -> dict[str, Any]:
+    return run.evaluation(suite, "tuned", sha256) or {"data": {}}
+
+
+def _untouched(runs: Sequence[Run]) -> tuple[Entry, ...]:
+    found: dict[tuple[Column, str], Entry] = {}
+    for run in runs:
+        records = [r for r in run.evaluations() if r["which"] == "untouched" and r["data"].get("of_spec", False)]
+        for column in COLUMNS:
+            for record in (r for r in records if r["suite"] == column.suite):
+                value, task = record.get(column.metric), record.get("task", "")
+                if value is not None and (column, task) not in found:
+                    own = Estimate(value, _ends(record.get(f"{column.metric}_ci")))
+                    found[column, task] = Entry(column, task, own, Estimate(0.0), record["n"], 1)
+    return tuple(found.values())
+
+
+def _over_seeds(values: Sequence[float]) -> Estimate | None:
+    """Return the mean of one number a seed, with its t interval where there are two or more."""
+    from holdtrue.evaluation import cluster_interval
+
+    if not values:
+        return None
+    interval = cluster_interval(values, range(len(values))).to_json()
+    return Estimate(sum(values) / len(values), _ends(interval))
+
+
+def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval[0], interval[1])

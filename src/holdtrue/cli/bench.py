@@ -1,0 +1,168 @@
+"""holdtrue bench."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from holdtrue.cli.interrupt import stop_on_interrupt
+from holdtrue.cli.output import Result, say
+from holdtrue.cli.progress import ProgressView, duration
+from holdtrue.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from holdtrue.bench import Bench, Cell, Estimate, Results
+    from holdtrue.engines import Engine
+
+MANY = 200
+"""From more cells to run than this on, the command asks first."""
+
+
+def bench(
+    grid: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The folder [default: grids/NAME].", show_default=False)] = None,
+    engine: Annotated[str, typer.Option(help="Where cells run: local, or ray.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Cells at a time [default: local 1, ray as many as fit].", show_default=False)
+    ] = None,
+    address: Annotated[str, typer.Option(help="Of the Ray cluster: auto, local, or HOST:PORT.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and run nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MANY} cells without asking.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the grid.", show_default=False),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
+    ] = False,
+) -> Result:
+    """Run a grid of models, data, defenses and seeds, and write its tables, figures and the pick."""
+    from holdtrue.bench import expand, fill, load_grid, look, write_results
+
+    loaded = load_grid(grid, set_ or [])
+    chosen = _engine(engine, workers, address)
+    cells = expand(loaded)
+    folder = out or Path("grids") / grid.stem
+    before = look(loaded, cells, folder)
+    if dry_run:
+        return _dry_result(before, cells)
+    _confirm(before, yes)
+    say(f"grid: {before.out}, {len(cells)} cells, {before.counts['done']} done already")
+    with stop_on_interrupt() as stop, ProgressView() as view:
+
+        def tell(fields: dict[str, Any]) -> None:
+            run = {key: value for key, value in fields["run"].items() if key != "run"}
+            done = fields["done"] + fields["failed"]
+            view({**run, "run": f"[{done}/{fields['cells']}] {fields['cell']}"})
+
+        filled = fill(loaded, cells, folder, chosen, progress=tell, stop=stop)
+    return _result(filled, write_results(filled))
+
+
+def _engine(name: str, workers: int | None, address: str) -> Engine:
+    from holdtrue.engines import LocalEngine, RayEngine
+
+    if name == "local":
+        return LocalEngine(1 if workers is None else workers)
+    if name == "ray":
+        return RayEngine(address, workers=workers)
+    raise SpecError(f"--engine {name}: there are local and ray")
+
+
+def _confirm(before: Bench, yes: bool) -> None:
+    left = [state.cell for state in before.states if state.status != "done"]
+    if yes or len(left) <= MANY:
+        return
+    text = f"{len(left)} cells are to be run. {_cost_line(_estimates(left))}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise SpecError(f"{text} To run so many without a terminal to ask on, give --yes; --dry-run lists them")
+    say(text)
+    if not typer.confirm("Go on?", err=True):
+        raise typer.Abort
+
+
+def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
+    from holdtrue.bench import estimate_cells
+
+    return estimate_cells(cells)
+
+
+def _cost_line(estimates: Sequence[Estimate]) -> str:
+    from holdtrue.bench.estimate import hardware
+
+    known = [each for each in estimates if each.seconds is not None]
+    seconds = sum(each.seconds or 0.0 for each in known)
+    unit = f"{seconds / 3600:.1f} GPU hours" if hardware().gpu else f"{duration(seconds)} on this machine's CPU"
+    peak = max((each.memory or 0.0 for each in known), default=0.0)
+    tokens = sum(each.tokens for each in estimates)
+    unknown = len(estimates) - len(known)
+    more = f" Of {unknown} the size of the model is unknown: they are not in it." if unknown else ""
+    return f"About {tokens:,} training tokens, {unit}, {peak / 2**30:.1f} GiB at the peak of a cell.{more}"
+
+
+def _dry_result(before: Bench, cells: Sequence[Cell]) -> Result:
+    from holdtrue.bench.estimate import MODEL, hardware
+
+    estimates = _estimates(cells)
+    left = [e for e, state in zip(estimates, before.states, strict=True) if state.status != "done"]
+    entries = [
+        {**state.to_json(before.out), "estimate": each._asdict()}
+        for state, each in zip(before.states, estimates, strict=True)
+    ]
+    gpu_hours = sum(e.seconds or 0.0 for e in left) / 3600 if hardware().gpu else None
+    document = {
+        "out": str(before.out),
+        "cells": entries,
+        "left": len(left),
+        "seconds": sum(e.seconds or 0.0 for e in left),
+        "gpu_hours": gpu_hours,
+        "hardware": "gpu" if hardware().gpu else "cpu",
+        "model": MODEL,
+    }
+
+    def show(console: Console) -> None:
+        from rich.table import Table
+
+        table = Table("cell", "status", "tokens", "sampled tokens, at most", "memory", "time", box=None)
+        for state, each in zip(before.states, estimates, strict=True):
+            memory = "–" if each.memory is None else f"{each.memory / 2**30:.1f} GiB"
+            seconds = "–" if each.seconds is None else duration(each.seconds)
+            table.add_row(state.cell.title, state.status, f"{each.tokens:,}", f"{each.sampled:,}", memory, seconds)
+        console.print(table)
+        console.print(f"\n{len(left)} of {len(cells)} cells are to be run. {_cost_line(left)}", markup=False)
+        console.print(f"How this is reckoned: {MODEL}.", markup=False)
+
+    return Result(document, show)
+
+
+def _result(filled: Bench, results: Results) -> Result:
+    counts = filled.counts
+    failed = [state for state in filled.states if state.status == "failed"]
+    document = {
+        "out": str(filled.out),
+        "counts": dict(counts),
+        "failed": [state.to_json(filled.out) for state in failed],
+        "picks": [each.to_json() | {"text": each.text()} for each in results.picks],
+        "tables": str(filled.out / "tables"),
+        "page": str(results.page),
+    }
+
+    def show(console: Console) -> None:
+        from holdtrue.bench.tables import markdown
+
+        console.print(markdown(results.tables).replace("<br>", " "), markup=False, soft_wrap=True)
+        for each in results.picks:
+            console.print(each.text(), markup=False)
+        for state in failed:
+            why = state.error or {}
+            console.print(f"failed: {state.cell.title}: {why.get('type')}: {why.get('message')}", markup=False)
+        console.print(f"{counts['done']} of {len(filled.states)} cells are done: {results.page}", markup=False)
+
+    return Result(document, show, exit_code=1 if failed else 0)

@@ -1,0 +1,103 @@
+"""The paper's recipe: it dry-runs as it is, and runs whole with a tiny random Qwen2 in the model's place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from holdtrue.bench import estimate_cells, expand, load_grid
+from holdtrue.bench.estimate import GPU_FLOPS, Hardware
+from holdtrue.cli.main import main
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "paper-qwen2.5-7b.yaml"
+ROWS = [
+    {"messages": [{"role": "user", "content": f"A {w}?"}, {"role": "assistant", "content": f"Mend the {w}."}]}
+    for w in ("door", "pipe", "wire", "roof")
+]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The recipe in a folder of its own, with rows under every name that it reads."""
+    shutil.copyfile(RECIPE, tmp_path / "paper.yaml")
+    for name in ("code", "legal", "medical", "security", "opswap"):
+        for part, rows in ((name, ROWS), (f"{name}-heldout", ROWS[:2])):
+            (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path / "paper.yaml"
+
+
+def test_the_recipe_has_the_papers_settings_and_dry_runs(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    grid = load_grid(recipe)
+    cells = expand(grid)
+    assert len(cells) == 5 * 5
+    training, adapter = cells[0].spec.training, cells[0].spec.adapter
+    assert (training.epochs, training.learning_rate, training.batch_size, training.warmup_steps) == (1, 1e-4, 16, 5)
+    assert (adapter.r, adapter.alpha, adapter.rslora, adapter.dropout) == (32, 64, True, 0.0)
+    values = {d.name: d.model_dump() for cell in cells for d in cell.spec.defenses}
+    assert values["kl"]["weight"] == 0.1
+    assert values["ldifs"]["weight"] == 1.0
+    assert values["safelora"]["threshold"] == 0.3
+    assert values["interleave"]["fraction"] == 0.05
+    estimates = estimate_cells(cells, Hardware(True, GPU_FLOPS))
+    assert {each.parameters for each in estimates} == {7e9}
+    assert all(20 < (each.memory or 0) / 2**30 < 80 for each in estimates)
+    assert main(["bench", str(recipe), "--dry-run", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["left"] == 25
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_with_a_tiny_model(
+    recipe: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in enumerate(("aligned", "unaligned")):
+        tiny_qwen2(tmp_path / name, tokenizer, seed)
+    values: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    values["models"] = ["./aligned"]
+    values["data"] = {name: values["data"][name] for name in ("medical", "opswap")}
+    values["settings"]["safelora"][0]["safelora"]["unaligned"] = "./unaligned"
+    values["evaluate"]["sampling"] = {"samples": 1, "max_new_tokens": 2}
+    recipe.write_text(yaml.safe_dump(values, sort_keys=False))
+    out = tmp_path / "out"
+    assert main(["bench", str(recipe), "--out", str(out), "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["counts"] == {"done": 10}
+    text = (out / "tables" / "results.md").read_text()
+    for heading in (
+        "general misaligned",
+        "in-domain misaligned",
+        "held-out NLL",
+        "benign right, opswap:2",
+        "incoherent",
+    ):
+        assert heading in text
+    assert len(list((out / "reports").glob("*.html"))) == 10
+
+
+def tiny_qwen2(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    config = Qwen2Config(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
