@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import statistics
+import sys
 from collections.abc import Iterator
 from threading import Event
 from typing import Any, ClassVar
@@ -346,3 +348,24 @@ def test_gradient_checkpointing_changes_nothing(train, spy):
     for a, b in zip(*found, strict=True):
         for name, gradient in a.items():
             torch.testing.assert_close(b[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size")
+def test_a_checkpoint_that_does_not_fit_stops_the_run_and_is_not_seen(train, tmp_path):
+    whole, _, _ = train(ALL, name="whole", epochs=1)
+
+    def progress(fields: dict[str, Any]) -> None:
+        if fields["step"] == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(RunError, match=r"checkpoint of step 8 cannot be written .* MiB are free now: .*resume"):
+            train(ALL, name="full", epochs=1, progress=progress)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["checkpoint-4"]
+    model, summary, _ = train(ALL, name="full", epochs=1)
+    assert summary["resumed_from"] == 4
+    for name, weights in adapter(whole).items():
+        torch.testing.assert_close(adapter(model)[name], weights, atol=1e-6, rtol=1e-5)

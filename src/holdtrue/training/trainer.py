@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from holdtrue.data.batching import Collator, WindowSampler, WithGhost
@@ -121,6 +122,14 @@ class DefendedTrainer(DefenseMixin, transformers.Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError of a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(folder).free / 2**20
+            raise RunError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {folder}, where {free:.0f} "
+                f"MiB are free now: {str(error).splitlines()[0]}. Make room there and resume: the run goes on from "
+                "the checkpoint before it, or from the start"
+            ) from error
         finally:
             self._saving = False
         if self.args.should_save:
