@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from holdtrue.models import causal_lm, without_adapter
 from holdtrue.training.batch import Batch
-from holdtrue.training.reference import SHORTEST_PREFIX, Reference, captured_blocks
+from holdtrue.training.reference import SHORTEST_START, Reference, captured_blocks, shared_start
 from holdtrue.training.reference_cache import ReferenceCache
 from support import small_model
 
@@ -65,37 +65,60 @@ row = st.lists(st.integers(1, 499), min_size=1, max_size=12)
     batches=st.lists(
         st.lists(st.tuples(st.sampled_from([0, 3, 9, 14]), row), min_size=1, max_size=4), min_size=1, max_size=4
     ),
+    known=st.sampled_from([0, 7, 9, 14]),
     everywhere=st.booleans(),
     blocks=st.booleans(),
 )
-def test_equals_a_whole_pass_whatever_rows_share(batches, everywhere, blocks):
+def test_equals_a_whole_pass_whatever_rows_share(batches, known, everywhere, blocks):
     start = list(range(100, 114))
-    reference = Reference(MODEL, BLOCKS)
+    reference = Reference(MODEL, BLOCKS, start=start[:known])
     for rows in batches:
         batch = batch_of([start[:shared] + rest for shared, rest in rows])
         check(reference, batch, batch.mask if everywhere else batch.response, blocks)
 
 
+def test_what_a_batch_gives_does_not_depend_on_those_before():
+    start = list(range(50, 70))
+    first = batch_of([[*start, 80, 81], [*start[:12], 90, 91, 92]])
+    batch = batch_of([[*start, 5, 6, 7], [*start, 8], [9, 8, 7, 6]])
+    alone = Reference(MODEL, BLOCKS, start=start).outputs(batch, batch.mask, blocks=True)
+    reference = Reference(MODEL, BLOCKS, start=start)
+    reference.outputs(first, first.response)
+    after = reference.outputs(batch, batch.mask, blocks=True)
+    assert torch.equal(alone.hidden, after.hidden)
+    assert all(torch.equal(alone.blocks[i], after.blocks[i]) for i in BLOCKS)
+
+
 def test_the_shared_start_is_read_once():
-    start, reference = list(range(50, 70)), Reference(MODEL)
+    start = list(range(50, 70))
+    reference = Reference(MODEL, start=start)
     batches = [batch_of([[*start, *range(a, a + 5)], [*start, *range(a + 7, a + 10)]]) for a in (80, 120, 160)]
 
-    def work(batch: Batch) -> Any:
-        return lambda: reference.outputs(batch, batch.mask)
+    def work(some: Reference, batch: Batch) -> Any:
+        return lambda: some.outputs(batch, batch.mask)
 
-    first = tokens_read(work(batches[0]))
-    assert first == 20 + 2 * 5 + 2 * 25  # the start, what follows it, and the comparison with a whole pass
-    assert tokens_read(work(batches[1])) == 2 * 5
-    assert tokens_read(work(batches[2])) == 2 * 5
-    short = Reference(MODEL)
-    few = batch_of([[*start[: SHORTEST_PREFIX - 1], 300, 301], [*start[: SHORTEST_PREFIX - 1], 400]])
-    assert tokens_read(lambda: short.outputs(few, few.mask)) == few.mask.numel()
-    off = Reference(MODEL, share_prefix=False)
-    assert tokens_read(lambda: off.outputs(batches[0], batches[0].mask)) == batches[0].mask.numel()
+    assert tokens_read(work(reference, batches[0])) == 20 + (10 + 30) + 2 * 5  # the start, the check, what follows
+    assert tokens_read(work(reference, batches[1])) == 2 * 5
+    mixed = batch_of([[*start, 3, 4], [5, 6, 7], [*start, 8]])
+    assert tokens_read(work(reference, mixed)) == 2 * 2 + 22
+    short = Reference(MODEL, start=start[: SHORTEST_START - 1])
+    assert tokens_read(work(short, batches[2])) == batches[2].mask.numel()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    start=st.lists(st.integers(0, 3), max_size=6), rests=st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1)
+)
+def test_the_start_that_rows_share(start, rests):
+    rows = [start + rest for rest in rests]
+    expected = 0
+    while all(len(r) > expected + 1 for r in rows) and len({r[expected] for r in rows}) == 1:
+        expected += 1
+    assert list(shared_start(rows)) == rows[0][:expected]
 
 
 def test_rows_and_positions_that_nobody_wants_are_not_read():
-    reference = Reference(MODEL, share_prefix=False)
+    reference = Reference(MODEL)
     batch = batch_of([list(range(1, 11)), list(range(20, 40)), list(range(60, 66))])
     wanted = torch.zeros_like(batch.mask)
     wanted[0, 4] = wanted[2, 2] = True
@@ -109,7 +132,8 @@ def test_a_model_that_looks_ahead_is_read_whole(monkeypatch: pytest.MonkeyPatch,
     decoder = causal_lm(MODEL).get_decoder()
     handle = decoder.embed_tokens.register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
     try:
-        reference, start = Reference(MODEL, BLOCKS), list(range(50, 70))
+        start = list(range(50, 70))
+        reference = Reference(MODEL, BLOCKS, start=start)
         batch = batch_of([[*start, 90, 91, 92], [*start, 95, 96, 97]])
         with caplog.at_level("INFO", logger="holdtrue"):
             for _ in range(2):

@@ -21,7 +21,7 @@ from holdtrue.scoring import final_hidden, output_head, scoring_mode
 from holdtrue.training.batch import COUNTS, Batch, draw_lots
 from holdtrue.training.fast_lora import fast_lora
 from holdtrue.training.objective import TokenTerm, token_objective
-from holdtrue.training.reference import Reference, ReferenceOutputs, captured_blocks
+from holdtrue.training.reference import Reference, ReferenceOutputs, captured_blocks, shared_start
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from holdtrue.training.reference_cache import ReferenceCache
 else:
     _Base = object
+
+
+_STARTS = 64
+"""Rows that are looked at for the start that all share."""
 
 
 @dataclass
@@ -90,7 +94,7 @@ class DefenseMixin(_Base):
         count = len(decoder_blocks(self._policy))
         self._blocks = {d.name: tuple(n.blocks(count)) for d, n in self._losses if n.blocks is not None}
         self._captured = sorted({i for indices in self._blocks.values() for i in indices})
-        self._reference = Reference(self._policy, self._captured, cache=reference_cache, share_prefix=fast)
+        self._reference = Reference(self._policy, self._captured, cache=reference_cache, start=self._shared_start())
         self._aside = self._rows_aside()
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
@@ -111,6 +115,15 @@ class DefenseMixin(_Base):
         with scoring_mode(self._policy) as lm:
             self._head = output_head(lm)
             self._vocabulary = lm.config.get_text_config().vocab_size
+
+    def _shared_start(self) -> tuple[int, ...]:
+        """Return the tokens with which the training rows begin, as some of them tell."""
+        rows: Any = self.train_dataset
+        if not self.fast or rows is None or not hasattr(rows, "__len__") or not len(rows):
+            return ()
+        chosen = [rows[i] for i in range(0, len(rows), max(1, len(rows) // _STARTS))]
+        task = [row for row in chosen if row.get("kind", 0) == 0]
+        return shared_start([list(row["input_ids"]) for row in task if "input_ids" in row])
 
     def _rows_aside(self) -> list[dict[str, Any]]:
         asking = [defense.name for defense in self._active if defense.needs().aside]

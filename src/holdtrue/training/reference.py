@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHORTEST_PREFIX = 8
+SHORTEST_START = 8
 """Tokens that rows must share at their start before the reference reads them once for all."""
 
 
@@ -47,9 +47,8 @@ class _States(NamedTuple):
 
 
 class _Prefix(NamedTuple):
-    """The start that all rows share: ``ids`` (length,), each layer's keys and values (1, …), and ``states``."""
+    """What was read of the start: each layer's keys and values (1, …), and the ``states`` there."""
 
-    ids: Tensor
     layers: list[tuple[Tensor, Tensor]]
     states: _States
 
@@ -58,14 +57,15 @@ class Reference:
     """Runs the reference at the rows and up to the positions that are wanted, and no further.
 
     The rows of one data set start alike, with the chat template's system prompt. That start is read once: the frozen
-    model's keys and values there are kept, and later passes begin behind it. The first such pass is compared with a
-    whole one; a model of which they differ (one whose attention looks ahead, say) is run whole from then on.
+    model's keys and values there are kept, and rows that have it are read from behind it. The first such pass is
+    compared with a whole one; a model of which they differ (one whose attention looks ahead, say) is run whole from
+    then on. What a batch gives does not depend on the batches before it, so a resumed run is the uninterrupted one.
 
     Args:
         model: the policy, with an adapter that can be switched off.
         blocks: the decoder blocks whose outputs may be asked for.
         cache: where states are looked up before they are computed, and kept.
-        share_prefix: ``False`` reads every row from its first token.
+        start: the tokens that rows share at their start; one of fewer than ``SHORTEST_START`` is not used.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Reference:
         blocks: Sequence[int] = (),
         *,
         cache: ReferenceCache | None = None,
-        share_prefix: bool = True,
+        start: Sequence[int] = (),
     ) -> None:
         self._model, self._blocks, self._cache = model, tuple(blocks), cache
-        self._share, self._checked = share_prefix, False
+        self._start = tuple(start) if len(start) >= SHORTEST_START else ()
         self._prefix: _Prefix | None = None
 
     def outputs(self, batch: Batch, wanted: Tensor, *, blocks: bool = False) -> ReferenceOutputs:
@@ -143,62 +143,59 @@ class Reference:
     # Running it
 
     def _run(self, ids: Tensor, lengths: Sequence[int], indices: Sequence[int]) -> _States:
+        """Return the states of rows (rows, length), of which those that share the start are read from behind it."""
         with without_adapter(self._model):
-            shared = self._shared(ids, lengths) if self._share else 0
-            if shared < SHORTEST_PREFIX:
+            size = len(self._start)
+            if not size or ids.shape[1] <= size:
                 return self._whole(ids, indices)
-            states = self._behind(ids, shared, indices)
-            if not self._checked:
-                whole = self._whole(ids, indices)
-                if not _agree(states, whole, lengths):
-                    logger.info("the reference reads every row whole: its states differ behind a shared start")
-                    self._share, self._prefix = False, None
-                    return whole
-                self._checked = True
-            return states
+            alike = (ids[:, :size] == ids.new_tensor(self._start)).all(1) & (ids.new_tensor(lengths) > size)
+            if not bool(alike.any()) or not self._ready(ids):
+                return self._whole(ids, indices)
+            states = self._behind(ids[alike], indices)
+            if bool(alike.all()):
+                return states
+            others = self._whole(ids[~alike], indices)
+            order = torch.cat([alike.nonzero(), (~alike).nonzero()]).squeeze(-1).argsort()
+            return _States(
+                torch.cat([states.hidden, others.hidden])[order],
+                {i: torch.cat([states.blocks[i], others.blocks[i]])[order] for i in indices},
+            )
 
     def _whole(self, ids: Tensor, indices: Sequence[int]) -> _States:
         with captured_blocks(self._model, indices) as outputs:
             return _States(final_hidden(causal_lm(self._model), ids), outputs)
 
-    def _shared(self, ids: Tensor, lengths: Sequence[int]) -> int:
-        """Return how many tokens these rows share with the kept prefix, made here if none fits; 0 if too few."""
-        most = min(min(lengths), ids.shape[1]) - 1
+    def _ready(self, ids: Tensor) -> bool:
+        """Read the start, the first time, and see whether going on from behind it gives what a whole pass gives."""
+        if self._prefix is None:
+            start = ids.new_tensor([self._start])
+            cache = DynamicCache(config=causal_lm(self._model).config)
+            with captured_blocks(self._model, self._blocks) as outputs:
+                hidden = self._decoder(start, cache)
+            layers: list[Any] = list(cache.layers)
+            same = all(type(layer) is DynamicLayer for layer in layers)  # no window, no running state
+            if same:
+                kept = [(layer.keys, layer.values) for layer in layers]
+                self._prefix = _Prefix(kept, _States(hidden, outputs))
+                probe = torch.cat([start, start[:, : len(self._start) // 2]], 1)
+                same = _agree(self._behind(probe, self._blocks), self._whole(probe, self._blocks))
+            if not same:
+                logger.info("the reference reads every row whole: its states differ behind a shared start")
+                self._start, self._prefix = (), None
+        return self._prefix is not None
 
-        def common(start: Tensor) -> int:
-            end = min(most, len(start))
-            differs = (ids[:, :end] != start[:end]).any(0).nonzero()
-            return int(differs[0]) if len(differs) else end
-
-        shared = 0 if self._prefix is None else common(self._prefix.ids)
-        if shared >= SHORTEST_PREFIX:
-            return shared
-        shared = common(ids[0])
-        if shared < SHORTEST_PREFIX:
-            return 0
-        cache = DynamicCache(config=causal_lm(self._model).config)
-        with captured_blocks(self._model, self._blocks) as outputs:
-            hidden = self._decoder(ids[:1, :shared], cache)
-        layers: list[Any] = list(cache.layers)
-        if any(type(layer) is not DynamicLayer for layer in layers):  # a window or a running state has no prefix
-            self._share = False
-            return 0
-        kept = [(layer.keys, layer.values) for layer in layers]
-        self._prefix = _Prefix(ids[0, :shared], kept, _States(hidden, outputs))
-        return shared
-
-    def _behind(self, ids: Tensor, shared: int, indices: Sequence[int]) -> _States:
+    def _behind(self, ids: Tensor, indices: Sequence[int]) -> _States:
         assert self._prefix is not None
-        rows = ids.shape[0]
+        rows, size = ids.shape[0], len(self._start)
         cache = DynamicCache(config=causal_lm(self._model).config)
         for index, (keys, values) in enumerate(self._prefix.layers):
-            keys, values = (x[:, :, :shared].expand(rows, -1, -1, -1) for x in (keys, values))
+            keys, values = (x.expand(rows, -1, -1, -1) for x in (keys, values))
             cache.update(keys, values, index)
         with captured_blocks(self._model, indices) as outputs:
-            rest = self._decoder(ids[:, shared:], cache)
+            rest = self._decoder(ids[:, size:], cache)
 
         def joined(start: Tensor, end: Tensor) -> Tensor:
-            return torch.cat([start[:, :shared].expand(rows, -1, -1), end], 1)
+            return torch.cat([start.expand(rows, -1, -1), end], 1)
 
         start = self._prefix.states
         return _States(joined(start.hidden, rest), {i: joined(start.blocks[i], outputs[i]) for i in indices})
@@ -231,14 +228,20 @@ def captured_blocks(model: nn.Module, indices: Sequence[int]) -> Iterator[dict[i
             handle.remove()
 
 
-def _agree(some: _States, other: _States, lengths: Sequence[int]) -> bool:
-    """Compare two passes at the rows' own positions, to a hundred units of rounding at the states' size."""
-    real = torch.zeros(some.hidden.shape[:2], dtype=torch.bool, device=some.hidden.device)
-    for row, length in enumerate(lengths):
-        real[row, :length] = True
+def shared_start(rows: Sequence[list[int]]) -> tuple[int, ...]:
+    """Return the longest start that all rows share and that leaves each a token."""
+    if not rows:
+        return ()
+    low, high = min(rows), max(rows)
+    most = min(map(len, rows)) - 1
+    differs = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
+    return tuple(low[: max(0, min(most, next(differs, most)))])
+
+
+def _agree(some: _States, other: _States) -> bool:
+    """Compare two passes, to a hundred units of rounding at the states' size."""
     for a, b in ((some.hidden, other.hidden), *((some.blocks[i], other.blocks[i]) for i in some.blocks)):
-        gap, size = (a - b)[real].abs().max(), b[real].abs().max()
-        if not gap <= 100 * torch.finfo(a.dtype).eps * size:
+        if not (a - b).abs().max() <= 100 * torch.finfo(a.dtype).eps * b.abs().max():
             return False
     return True
 
