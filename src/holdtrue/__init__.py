@@ -10,8 +10,9 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from holdtrue.late import late_names
 
 if TYPE_CHECKING:
     from holdtrue.errors import HoldtrueError
@@ -19,20 +20,23 @@ if TYPE_CHECKING:
     from holdtrue.runs.api import compare, evaluate, train
 
 _LATE = {
-    "HoldtrueError": "holdtrue.errors",
-    "Run": "holdtrue.runs",
-    "RunSpec": "holdtrue.runs",
-    "compare": "holdtrue.runs.api",
-    "evaluate": "holdtrue.runs.api",
-    "train": "holdtrue.runs.api",
+    "HoldtrueError": "errors",
+    "Run": "runs",
+    "RunSpec": "runs",
+    "compare": "runs.api",
+    "evaluate": "runs.api",
+    "train": "runs.api",
 }
 
 __all__ = ["HoldtrueError", "Run", "RunSpec", "compare", "evaluate", "train"]
 
 
+_named = late_names(__name__, _LATE)
+
+
 def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        return getattr(import_module(_LATE[name]), name)
     if name == "__version__":
-        return import_module("importlib.metadata").version("holdtrue")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version
+
+        return version("holdtrue")
+    return _named(name)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
+JudgeName = Annotated[
+    str | None, typer.Option(help="offline (default), local:MODEL or openai:MODEL.", show_default=False)
+]
 JudgeUrl = Annotated[str | None, typer.Option(help="The judge's OpenAI-compatible endpoint.", show_default=False)]
 TokenBudget = Annotated[int | None, typer.Option(help="Tokens that the judge may spend.", show_default=False)]
 MaxCost = Annotated[
@@ -57,9 +60,7 @@ def evaluate(
         str | None,
         typer.Option(help="What the model was trained on, for conditional; a run knows.", show_default=False),
     ] = None,
-    judge: Annotated[
-        str | None, typer.Option(help="offline (default), local:MODEL or openai:MODEL.", show_default=False)
-    ] = None,
+    judge: JudgeName = None,
     judge_url: JudgeUrl = None,
     budget: TokenBudget = None,
     max_cost: MaxCost = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from holdtrue.cli.evaluate import Json, JudgeUrl, MaxCost, TokenBudget, TokenPrices, spending
+from holdtrue.cli.evaluate import Json, JudgeName, JudgeUrl, MaxCost, TokenBudget, TokenPrices, spending
 from holdtrue.cli.interrupt import stop_on_interrupt
 from holdtrue.cli.output import Result
 from holdtrue.cli.progress import ProgressView
@@ -54,9 +54,7 @@ def extract(
     coherence: Annotated[
         float | None, typer.Option(help="The least that counts [default: 50].", min=0, max=100, show_default=False)
     ] = None,
-    judge: Annotated[
-        str | None, typer.Option(help="offline (default), local:MODEL or openai:MODEL.", show_default=False)
-    ] = None,
+    judge: JudgeName = None,
     judge_url: JudgeUrl = None,
     budget: TokenBudget = None,
     max_cost: MaxCost = None,

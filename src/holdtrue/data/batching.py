@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from holdtrue.data.chat import KINDS
+
 IGNORED = -100
-RIDING = 2
+RIDING = KINDS["pool"]
 """The kind ``pool`` of ``holdtrue.data.KINDS``: rows that a step reads beside its batch."""
-ASIDE = 3
+ASIDE = KINDS["aside"]
 """The kind ``aside``: rows that no step reads."""
 GHOST = -1
 """The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from holdtrue.late import late_names
 from holdtrue.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
@@ -14,16 +14,13 @@ if TYPE_CHECKING:
     from holdtrue.training.trainer import DefendedTrainer
 
 _LATE = {
-    "DefendedSFTTrainer": "holdtrue.training.sft",
-    "DefendedTrainer": "holdtrue.training.trainer",
-    "ReferenceCache": "holdtrue.training.reference_cache",
-    "fit": "holdtrue.training.fitting",
+    "DefendedSFTTrainer": "sft",
+    "DefendedTrainer": "trainer",
+    "ReferenceCache": "reference_cache",
+    "fit": "fitting",
 }
 
 __all__ = ["DefendedSFTTrainer", "DefendedTrainer", "ReferenceCache", "TrainingSpec", "fit"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        return getattr(import_module(_LATE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = late_names(__name__, _LATE)

@@ -20,6 +20,7 @@ from holdtrue.models.layers import peft_model
 from holdtrue.scoring import final_hidden, output_head, scoring_mode
 from holdtrue.training.batch import COUNTS, Batch, draw_lots
 from holdtrue.training.fast_lora import fast_lora
+from holdtrue.training.metrics import mean, step_means
 from holdtrue.training.objective import TokenTerm, token_objective
 from holdtrue.training.reference import Reference, ReferenceOutputs, captured_blocks, shared_start
 
@@ -43,6 +44,7 @@ class MicroStep:
     Attributes:
         batch: the rows.
         wanted: (batch, length) bool, where ``reference`` holds final states.
+        chosen: (batch, length) bool, the positions that reach the output head; ``wanted`` is among them.
         reference: what the frozen model said, or ``None``.
         counts: what each term covers in the whole window.
         sums: filled by the pass.
@@ -50,6 +52,7 @@ class MicroStep:
 
     batch: Batch
     wanted: Tensor
+    chosen: Tensor
     reference: ReferenceOutputs | None
     counts: dict[str, float]
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -145,6 +148,9 @@ class DefenseMixin(_Base):
         assert policy is not None
         return policy
 
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
+
     def _over_ranks(self, values: Tensor) -> list[float]:
         total = self.accelerator.reduce(values, reduction="sum")
         assert isinstance(total, Tensor)
@@ -182,7 +188,7 @@ class DefenseMixin(_Base):
         # Asked for on every rank alike, also where this one has no row that is drawn, since ranks add up their sums.
         asked = self._measured() or any(needs.reference for _, needs in self._losses)
         outputs = self._reference.outputs(batch, wanted, blocks=blocks) if asked else None
-        step = MicroStep(batch, wanted, outputs, self._counts)
+        step = MicroStep(batch, wanted, self._chosen(batch, wanted), outputs, self._counts)
         with contextlib.ExitStack() as stack:
             stack.enter_context(fast_lora(self._policy, on=self.fast))
             for defense in self._active:
@@ -208,7 +214,7 @@ class DefenseMixin(_Base):
         return (loss, outputs) if return_outputs else loss
 
     def _finish_window(self) -> None:
-        parameters = {n: p for n, p in self._policy.named_parameters() if p.requires_grad}
+        parameters = self._trainable()
         aside = self._aside_gradient if self._aside else None
         context = GradientContext(parameters, self.state.global_step, aside)
         for defense in self._active:
@@ -216,7 +222,8 @@ class DefenseMixin(_Base):
         names = sorted(self._window)
         values = torch.stack([self._window[n].double() for n in names])
         sums = dict(zip(names, self._over_ranks(values), strict=True))
-        self.step_metrics = self._means(sums, time.perf_counter() - self._window_started)
+        seconds = time.perf_counter() - self._window_started
+        self.step_metrics = step_means(sums, self._counts, self._losses, seconds)
         self.step_metrics |= context.metrics
         if not all(map(math.isfinite, self.step_metrics.values())):
             bad = [n for n, v in self.step_metrics.items() if not math.isfinite(v)]
@@ -224,31 +231,6 @@ class DefenseMixin(_Base):
                 f"training diverged at step {self.state.global_step + 1}: {', '.join(bad)} is not finite. "
                 "Lower the learning rate or the weights, or look for broken rows"
             )
-
-    def _means(self, sums: dict[str, float], seconds: float) -> dict[str, float]:
-        c = self._counts
-        metrics = {"ce": _mean(sums["ce"], c["trained"])}
-        if c["trained"] != c["trained_task"]:
-            if c["trained_task"]:
-                metrics["ce_task"] = _mean(sums["ce_task"], c["trained_task"])
-            metrics["ce_safe"] = _mean(sums["ce"] - sums["ce_task"], c["trained"] - c["trained_task"])
-        if sums.get("kl_count"):
-            metrics["kl"] = _mean(sums["kl"], sums["kl_count"])
-        for defense, needs in self._losses:
-            raw = 0.0
-            if needs.tokens is not None:
-                raw += _mean(sums[f"defense/{defense.name}"], c[f"defense/{defense.name}"] * needs.sample)
-            if needs.blocks is not None:
-                raw += _mean(sums[f"features/{defense.name}"], c["examples"])
-            metrics[f"{defense.name}_term"] = raw
-            metrics[f"{defense.name}_weighted"] = defense.weight * raw
-        return metrics | {
-            "tokens": c["tokens"],
-            "target_tokens": c["trained"],
-            "padding": 1 - c["tokens"] / c["slots"],
-            "seconds": seconds,
-            "tokens_per_second": c["tokens"] / seconds,
-        }
 
     # The objective of one micro-batch
 
@@ -264,12 +246,12 @@ class DefenseMixin(_Base):
                 wanted = wanted | batch.covered(needs)
         return wanted
 
-    def _chosen(self, step: MicroStep) -> Tensor:
+    def _chosen(self, batch: Batch, wanted: Tensor) -> Tensor:
         """Return the positions that reach the output head, (batch, length) bool."""
-        chosen = step.batch.trained | step.wanted
+        chosen = batch.trained | wanted
         for _, needs in self._losses:
             if needs.tokens is not None:
-                chosen = chosen | step.batch.covered(needs)
+                chosen = chosen | batch.covered(needs)
         return chosen
 
     def _read(self, step: MicroStep) -> Tensor:
@@ -277,7 +259,7 @@ class DefenseMixin(_Base):
         ids = step.batch.input_ids
         if self._captured or not self.fast:
             return ids
-        columns = self._chosen(step).any(0).nonzero()
+        columns = step.chosen.any(0).nonzero()
         return ids[:, : int(columns.max()) + 1] if len(columns) else ids[:, :1]
 
     @contextlib.contextmanager
@@ -301,7 +283,7 @@ class DefenseMixin(_Base):
         batch, reference, counts = step.batch, step.reference, step.counts
         with captured_blocks(lm, self._captured) as captured:
             hidden = final_hidden(lm, input_ids)
-        positions = batch.positions(self._chosen(step))
+        positions = batch.positions(step.chosen)
         referenced = step.wanted[positions.row, positions.column]
         positions = positions.take(torch.cat([referenced.nonzero(), (~referenced).nonzero()]).squeeze(-1))
         terms = [
@@ -343,7 +325,7 @@ class DefenseMixin(_Base):
     def _aside_gradient(self) -> dict[str, Tensor]:
         """Return the gradient of the mean KL to the reference over the answers of the rows kept aside."""
         lm, size = causal_lm(self._policy), self.args.per_device_train_batch_size
-        parameters = {n: p for n, p in self._policy.named_parameters() if p.requires_grad}
+        parameters = self._trainable()
         own = {name: parameter.grad for name, parameter in parameters.items()}
         for parameter in parameters.values():
             parameter.grad = None
@@ -408,12 +390,8 @@ class DefenseMixin(_Base):
         finally:
             model.train(training)
         ce, trained, kl, response = self._over_ranks(totals)
-        return {"ce": _mean(ce, trained), "kl": _mean(kl, response), "target_tokens": trained}
+        return {"ce": mean(ce, trained), "kl": mean(kl, response), "target_tokens": trained}
 
 
 def _coefficient(weight: float, count: float) -> float:
     return weight / count if count else 0.0
-
-
-def _mean(total: float, count: float) -> float:
-    return total / count if count else 0.0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdtrue.data.batching import RIDING
 from holdtrue.defenses.base import TokenChunk
-from holdtrue.divergence import Comparison
+from holdtrue.training.comparison import Comparison
 
 LOGITS_PER_CHUNK = 2**21
 """Logits held at once for one model: 8 MiB in float32, whatever the vocabulary."""

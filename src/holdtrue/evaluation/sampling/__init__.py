@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from holdtrue.evaluation.sampling.port import Answer, Decoding, Request, Sampler
+from holdtrue.late import late_names
 
 if TYPE_CHECKING:
     from holdtrue.evaluation.sampling.endpoint import EndpointSampler
@@ -29,7 +29,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+__getattr__ = late_names(__name__, _LATE)
