@@ -80,26 +80,20 @@ def _is_base(bench: Bench, state: State) -> bool:
 
 
 def _page(bench: Bench, found: Any, picks: Any, figures: dict[str, Markup], links: dict[str, str]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from holdtrue.runs.report.page import templates
 
-    from holdtrue.runs.report.page import visible
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE).render(
-        title=bench.out.name,
-        counts=bench.counts,
-        cells=len(bench.states),
-        tables=[(table, printed.headings(table), printed.rows(table)) for table in found],
-        note=printed.NOTE,
-        picks=[each.text() for each in picks],
-        figures=figures,
-        states=bench.states,
-        links=links,
+    return (
+        templates(Path(__file__).parent)
+        .get_template(TEMPLATE)
+        .render(
+            title=bench.out.name,
+            counts=bench.counts,
+            cells=len(bench.states),
+            tables=[(table, printed.headings(table), printed.rows(table)) for table in found],
+            note=printed.NOTE,
+            picks=[each.text() for each in picks],
+            figures=figures,
+            states=bench.states,
+            links=links,
+        )
     )

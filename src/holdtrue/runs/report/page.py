@@ -7,7 +7,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -36,6 +36,23 @@ FILTERS = (
     numbers.memory,
 )
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def templates(folder: Path) -> Environment:
+    """Return the environment of a page about what strangers wrote: all of it escaped, control characters visible."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
 
 def render_report(runs: Sequence[Run], out: str | Path, *, title: str = "holdtrue report") -> Path:
     """Write one self-contained HTML file about the runs, and return its absolute path.
@@ -53,19 +70,10 @@ def render_report(runs: Sequence[Run], out: str | Path, *, title: str = "holdtru
         SpecError: no run was given, or ``out`` is a folder.
         RunError: a file of a run is damaged, or the disk is full.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     target = Path(out).absolute()
     if target.is_dir():
         raise SpecError(f"{target} is a folder; name the HTML file")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters.update({function.__name__: function for function in FILTERS})
     script = Path(__file__).with_name(SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
