@@ -54,6 +54,17 @@ def test_the_order_of_defenses_and_keys_changes_nothing(tmp_path: Path) -> None:
     assert one.hash() == other.hash()
 
 
+def test_a_parameter_may_have_a_name_that_old_yaml_takes_for_a_boolean(tmp_path: Path) -> None:
+    kl = "defenses: [{kl: {on: pool, fraction: 0.25}}]\n"
+    spec = load_spec(write(tmp_path, MINIMAL + kl))
+    assert spec.defenses[0].model_dump()["on"] == "pool"
+    assert RunSpec(**spec.canonical()) == spec
+    assert load_spec(write(tmp_path, MINIMAL), ["defenses=[{kl: {on: both}}]"]).defenses[0].model_dump()["on"] == "both"
+    for text, value in {"true": True, "False": False, "yes": True, "off": False}.items():
+        given = write(tmp_path, MINIMAL + f"training: {{gradient_checkpointing: {text}}}\n")
+        assert load_spec(given).training.gradient_checkpointing is value
+
+
 def test_fit_is_measured_where_there_is_validation_data(folder: Path) -> None:
     spec = load_spec(folder / "spec.yaml")
     assert spec.evaluate.suites == ("likelihood", "fit")

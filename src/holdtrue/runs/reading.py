@@ -12,7 +12,10 @@ from holdtrue.errors import SpecError, nearest
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys, which PyYAML lets the last one win."""
+    """YAML without duplicate keys, which PyYAML lets the last one win, and with YAML 1.2's booleans alone.
+
+    In YAML 1.1, which PyYAML reads, ``on`` and ``no`` are booleans: a parameter of that name could not be written.
+    """
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -31,6 +34,10 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if first in "tTfF" or rule[0] != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
