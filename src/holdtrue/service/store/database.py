@@ -1,0 +1,79 @@
+"""Opens the database of a service, and hands out transactions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.orm import Session, sessionmaker
+
+from holdtrue.errors import SpecError
+
+BUSY_SECONDS = 30.0
+"""How long a writer of SQLite waits for the one before it."""
+
+
+class Database:
+    """An engine with its sessions. Use ``write`` for what changes something and ``read`` for the rest."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        """Open the database; ``SpecError`` for anything but SQLite and PostgreSQL."""
+        self.url = _with_driver(url)
+        if self.url.get_backend_name() == "sqlite":
+            options = {"connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}, **options}
+        else:
+            options = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 20, **options}
+        self.engine: Engine = create_engine(self.url, **options)
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether this is SQLite, which has one writer at a time."""
+        return self.url.get_backend_name() == "sqlite"
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that changes something; on SQLite it takes the write lock at its start, and cannot deadlock."""
+        with self._sessions() as session:
+            session.connection(execution_options={"holdtrue_write": True})
+            yield session
+            session.commit()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that only reads; nothing it changes is kept."""
+        with self._sessions() as session:
+            yield session
+            session.rollback()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def _with_driver(url: str) -> URL:
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql" and parsed.drivername == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise SpecError(f"the database is SQLite or PostgreSQL, and the URL says {parsed.get_backend_name()!r}")
+    return parsed
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # transactions are begun below, in SQLAlchemy's time and not the driver's
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "secure_delete=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Any) -> None:
+    write = connection.get_execution_options().get("holdtrue_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
