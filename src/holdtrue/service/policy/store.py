@@ -105,8 +105,8 @@ def document_of(policy: Policy) -> PolicyDocument:
     if digest(document) != policy.digest:
         raise RunError(
             f"version {policy.version} of the policy for {policy.base_model} no longer means what it meant when it was "
-            "written: it was changed in the database, or this version of holdtrue has other defaults. Save it again, as "
-            "a new version"
+            "written: it was changed in the database, or this version of holdtrue has other defaults. Save it again, "
+            "as a new version"
         )
     return document
 
