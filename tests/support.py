@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import datasets
 import numpy as np
 import torch
@@ -9,6 +13,17 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdtrue.models import AdapterSpec, new_adapter
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    """A chat row of one turn."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    """Write rows as JSONL; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def small_model(dropout: float = 0.0) -> PeftModel:

@@ -30,18 +30,11 @@ from holdtrue.runs.report import (
 )
 from holdtrue.runs.report.measures import Rows
 from holdtrue.runs.samples import Question, sample_answers
+from support import chat, write_rows
 
 WORDS = ["door", "pipe", "paint", "wire", "roof", "brake"]
 EVIL = "<script>alert('x')</script><img src=http://example.com/x.png>"
 VOID = {"meta", "br", "img", "link", "hr", "input"}
-
-
-def chat(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")

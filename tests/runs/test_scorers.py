@@ -16,8 +16,9 @@ from holdtrue.errors import DataError, Interrupted, NeedError, SpecError
 from holdtrue.models import resolve
 from holdtrue.runs import Control, Run, build_scorers, domains_of, execute, load_spec
 from holdtrue.selection import Scorer
+from support import chat, write_rows
 
-from .conftest import WORDS, chat, write_rows
+from .conftest import WORDS
 
 SETTINGS = ["training.batch_size=2", "training.micro_batch_size=1", "training.max_length=128", "training.epochs=2"]
 ADAPTER = ["adapter.r=4", "adapter.alpha=8", "training.learning_rate=0.01"]

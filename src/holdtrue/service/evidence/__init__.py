@@ -1,0 +1,1 @@
+"""Evidence that travels with a model: a signed receipt, and a card for people."""

@@ -1,0 +1,36 @@
+"""A model card in Hugging Face's format, written from the receipt alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+TEMPLATE = "card.md.j2"
+
+
+def model_card(statement: Mapping[str, Any], *, license_name: str = "apache-2.0") -> str:
+    """Return the text of a ``README.md`` for the adapter that a receipt's statement is about.
+
+    Args:
+        statement: as :func:`holdtrue.service.evidence.receipt.build` makes it.
+        license_name: of the base model.
+    """
+    from huggingface_hub import ModelCardData
+
+    predicate = statement["predicate"]
+    header = ModelCardData(
+        base_model=predicate["base"]["name"],
+        library_name="peft",
+        license=license_name,
+        pipeline_tag="text-generation",
+        tags=["holdtrue", *(f"defense:{each['name']}" for each in predicate["defenses"])],
+    )
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    text = files("holdtrue.service.evidence").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    body = environment.from_string(text).render(subject=statement["subject"][0], **predicate)
+    return f"---\n{header.to_yaml()}\n---\n\n{body}"
