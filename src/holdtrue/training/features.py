@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdtrue.data import ChatEncoder
+from holdtrue.data.batching import ASIDE
 from holdtrue.defenses import Features
 from holdtrue.defenses.base import Needs, Place
 from holdtrue.errors import HoldtrueError, NeedError
@@ -114,7 +115,7 @@ def _prefix(name: str, tokenizer: Any, rows: Any) -> tuple[int, ...]:
         raise NeedError(
             f"{name} needs a chat template that puts tokens before the user's words, and this one puts none"
         )
-    if rows is not None and not any(_begins(row, prefix) for row in rows):
+    if rows is not None and not any(_begins(row, prefix) for row in rows if row.get("kind", 0) != ASIDE):
         raise NeedError(
             f"{name} holds the chat template's prefix, the {len(prefix)} tokens before the user's words in a row "
             "without a system prompt of its own, and no training row begins with them: take out system prompts, or "
