@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from holdtrue.data import ChatEncoder
 from holdtrue.models import AdapterSpec, new_adapter
 
 
@@ -65,3 +68,18 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+def behind_the_prefix(rows: datasets.Dataset) -> datasets.Dataset:
+    """Put the small tokenizer's prefix before two of each three rows; the third begins otherwise."""
+    prefix = ChatEncoder(small_tokenizer()).prefix_ids()
+
+    def behind(row: dict[str, Any], index: int) -> dict[str, Any]:
+        start = prefix if index % 3 else prefix[::-1]
+        return {
+            "input_ids": start + row["input_ids"],
+            "trained": [False] * len(start) + row["trained"],
+            "length": len(start) + row["length"],
+        }
+
+    return rows.map(behind, with_indices=True)

@@ -270,6 +270,10 @@ def test_it_has_an_example_a_catalog_entry_and_a_page(name: str) -> None:
     assert f"[`{name}`]({name}.md)" in (ROOT / "docs" / "methods" / "index.md").read_text(encoding="utf-8")
 
 
+def test_there_is_no_page_without_a_defense() -> None:
+    assert {path.stem for path in (ROOT / "docs" / "methods").glob("*.md")} == {*NAMES, "index"}
+
+
 @pytest.mark.parametrize(("name", "settings"), cases("zeros"))
 def test_zero_strength_is_exactly_plain_training(train: Train, name: str, settings: Any) -> None:
     plain, zero = train([]), train(given(name, settings))
