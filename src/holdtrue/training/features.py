@@ -125,4 +125,4 @@ def _prefix(name: str, tokenizer: Any, rows: Any) -> tuple[int, ...]:
 
 
 def _begins(row: Mapping[str, Any], prefix: Sequence[int]) -> bool:
-    return list(row["input_ids"][: len(prefix)]) == prefix
+    return list(row.get("input_ids", ())[: len(prefix)]) == prefix
