@@ -112,8 +112,8 @@ class Features:
         kind: (batch,) int64, the rows' kinds.
     """
 
-    policy: Mapping[Place, Tensor]
-    reference: Mapping[Place, Tensor] | None
+    policy: Mapping[Any, Tensor]
+    reference: Mapping[Any, Tensor] | None
     mask: Tensor
     kind: Tensor
 
