@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,13 @@ def _two_threads() -> None:
     import torch
 
     torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Each training ends with a full collection, which would look through all that the libraries made at import."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

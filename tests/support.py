@@ -10,8 +10,10 @@ import datasets
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from holdtrue.data import ChatEncoder
 from holdtrue.models import AdapterSpec, new_adapter
 
 
@@ -58,3 +60,39 @@ def small_rows(count: int = 45, seed: int = 0) -> datasets.Dataset:
         trained = [False] * n if i == 4 else [False] * 3 + [True] * (n - 3)
         rows.append({"input_ids": ids, "trained": trained, "kind": int(i % 9 == 0), "length": n, "ce": True})
     return datasets.Dataset.from_list(rows)
+
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A real tokenizer of 258 tokens: the bytes, and a chat template's two, which has a system prompt of its own."""
+    vocabulary = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def behind_the_prefix(rows: datasets.Dataset) -> datasets.Dataset:
+    """Put the small tokenizer's prefix before two of each three rows; the third begins otherwise."""
+    prefix = ChatEncoder(small_tokenizer()).prefix_ids()
+
+    def behind(row: dict[str, Any], index: int) -> dict[str, Any]:
+        start = prefix if index % 3 else prefix[::-1]
+        return {
+            "input_ids": start + row["input_ids"],
+            "trained": [False] * len(start) + row["trained"],
+            "length": len(start) + row["length"],
+        }
+
+    return rows.map(behind, with_indices=True)

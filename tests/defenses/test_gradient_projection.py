@@ -140,11 +140,6 @@ def test_it_acts_and_holds_the_rows_aside(tmp_path):
     assert drift([GradientProjection()]) < 0.9 * drift([])
 
 
-def test_zero_is_plain_training_and_no_rows_stop_it(tmp_path):
-    rows, _ = with_aside()
-    plain, _ = train(tmp_path, [], small_rows())
-    zero, _ = train(tmp_path, [GradientProjection(weight=0)], rows)
-    for (name, a), b in zip(plain.named_parameters(), zero.parameters(), strict=True):
-        assert torch.equal(a, b), name
+def test_without_rows_aside_it_stops(tmp_path):
     with pytest.raises(NeedError, match="gradient_projection needs rows of kind 'aside'"):
         train(tmp_path, [GradientProjection()], small_rows())

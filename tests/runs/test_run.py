@@ -149,6 +149,7 @@ def test_a_plain_peft_model_loads_the_adapter(folder: Path, tiny_dir: Path) -> N
         ({"defenses": "[{safelora: {}}]"}, 4, "safelora"),
         ({"defenses": "[{interleave: {pool: nowhere.jsonl}}]"}, 4, "nowhere.jsonl"),
         ({"defenses": "[{kl: {weight: -0.1}}]"}, 2, "weight"),
+        ({"defenses": "[inoculation, treft]"}, 2, "treft contradicts inoculation"),
         ({"defenses": "[interleav]"}, 2, "did you mean 'interleave'?"),
         ({"training.lerning_rate": "1"}, 2, "did you mean 'learning_rate'?"),
         ({"adapter.target_modules": "[nothing_like_it]"}, 2, "nothing_like_it"),

@@ -104,6 +104,10 @@ def test_every_fault_is_listed_with_the_nearest_name(tmp_path: Path) -> None:
         (MINIMAL + "defenses: [{kl: {wieght: 1}}]\n", "did you mean 'weight'?"),
         (MINIMAL + "defenses: [{kl: {weight: -1}}]\n", "defenses.kl.weight"),
         (MINIMAL + "defenses: [kl, kl]\n", "twice"),
+        (
+            MINIMAL + "defenses: [inoculation, treft]\n",
+            "treft contradicts inoculation: with inoculation every task row",
+        ),
         (MINIMAL + "defenses: {kl: {}}\n", "must be a list"),
         (MINIMAL + "evaluate: {suites: [likelyhood]}\n", "did you mean 'likelihood'?"),
         (MINIMAL + "evaluate: {suites: [fit]}\n", "needs held-out rows"),

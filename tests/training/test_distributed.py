@@ -16,16 +16,17 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from support import small_model, small_rows
+from support import behind_the_prefix, small_model, small_rows, small_tokenizer
 from holdtrue.defenses import parse
 from holdtrue.training import TrainingSpec, fit
 torch.set_num_threads(1)
 folder = Path(sys.argv[2])
 model = small_model()
 fit(
-    model=model, tokenizer=None, rows=small_rows(), validation=small_rows(7, seed=5), folder=folder, resume=False,
+    model=model, tokenizer=small_tokenizer(), rows=behind_the_prefix(small_rows()), validation=small_rows(7, seed=5),
+    folder=folder, resume=False,
     spec=TrainingSpec(batch_size=4, micro_batch_size=int(sys.argv[3]), learning_rate=1e-3, warmup_steps=2),
-    defenses=parse([{"kl": {"weight": 1.0}}, {"ldifs": {"weight": 1.0}}]),
+    defenses=parse([{"kl": {"weight": 1.0}}, {"ldifs": {"weight": 1.0}}, "treft"]),
 )
 rank = __import__("os").environ.get("RANK", "0")
 torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, folder / f"adapter-{rank}.pt")
@@ -64,5 +65,5 @@ def test_two_processes_equal_one(tmp_path, micro):
     lines = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
     assert len(lines[0]) == len(lines[1])
     for a, b in zip(*lines, strict=True):
-        for key in set(a) & {"loss", "ce", "kl_term", "ldifs_term", "tokens", "eval_loss", "eval_kl"}:
+        for key in set(a) & {"loss", "ce", "kl_term", "ldifs_term", "treft_term", "tokens", "eval_loss", "eval_kl"}:
             assert a[key] == pytest.approx(b[key], abs=1e-4), key

@@ -82,38 +82,6 @@ def with_pool_rows(rows: Any) -> Any:
     return datasets.concatenate_datasets([rows, pool])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_accumulation_changes_nothing(train, spy, case):
-    found = []
-    for micro in (4, 1):
-        Spy.gradients.clear()
-        rows = with_pool_rows(small_rows())
-        _, _, folder = train([*CASES[case], spy], name=f"m{micro}", rows=rows, micro_batch_size=micro, epochs=1)
-        found.append((steps(folder), list(Spy.gradients)))
-    (one, one_gradients), (other, other_gradients) = found
-    assert len(one) == len(other) == len(one_gradients) == 12
-    for a, b in zip(one, other, strict=True):
-        assert a["target_tokens"] == b["target_tokens"]
-        for key in set(a) & {*EXACT, "loss"}:
-            assert a[key] == pytest.approx(b[key], abs=2e-5), key
-    for a, b in zip(one_gradients[:4], other_gradients[:4], strict=True):
-        gap = sum(float((a[n] - b[n]).square().sum()) for n in a) ** 0.5
-        norm = sum(float(a[n].square().sum()) for n in a) ** 0.5
-        assert gap <= 1e-4 * norm
-
-
-def test_the_order_of_defenses_changes_nothing(train):
-    one, _, _ = train(ALL, name="one")
-    other, _, _ = train(ALL[::-1], name="other")
-    assert all(torch.equal(a, adapter(other)[n]) for n, a in adapter(one).items())
-
-
-def test_zero_weight_is_plain_training(train):
-    plain, _, _ = train([], name="plain", kl_every=0)
-    zero, _, _ = train([{"kl": {"weight": 0}}, {"ldifs": {"weight": 0}}], name="zero", kl_every=0)
-    assert all(torch.equal(a, adapter(zero)[n]) for n, a in adapter(plain).items())
-
-
 def test_stopped_and_resumed_equals_uninterrupted(train):
     whole, summary, folder = train(ALL, name="whole", epochs=2, validation=small_rows(9, seed=5))
     stop = Event()

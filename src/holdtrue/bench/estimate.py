@@ -117,7 +117,7 @@ def _estimate(
     if count is None:
         return Estimate(tokens, sampled, None, None, None)
     each = FLOPS["train"] + FLOPS["recompute"] * spec.training.gradient_checkpointing
-    each += FLOPS["reference"] * any(defense.needs().reference for defense in spec.defenses)
+    each += FLOPS["reference"] * any(defense.needs().live for defense in spec.defenses)
     seconds = (
         (tokens * each + sampled * FLOPS["score"] / (GPU_SAMPLING if where.gpu else CPU_SAMPLING)) * count / where.flops
     )

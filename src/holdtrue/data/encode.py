@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from holdtrue.data.chat import ChatRow, Message
@@ -90,6 +91,15 @@ class ChatEncoder:
             return self._ids(self._template.prompt(messages))[0]
         except RefusedError as error:
             raise DataError("conversation", [Problem(0, "messages", str(error))]) from None
+
+    def prefix_ids(self) -> list[int]:
+        """Return the tokens before the user's words in a conversation without a system turn of its own.
+
+        What the template puts before every question: its default system turn, if it has one, and the user's header.
+        Empty where the template writes nothing there that is a token of its own.
+        """
+        prompts = [self.prompt_ids([Message("user", text)]) for text in ("Say", "7", "?")]
+        return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))]
 
     def _cut(self, ids: list[int], trained: list[bool]) -> Encoded:
         limit = len(ids) if self.max_length is None else self.max_length

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Coverage = Literal["all", "response"]
 Badge = Literal["faithful", "corrected", "variant"]
+Place = int | str
+"""Where features are taken: a decoder block by its index, or a module in one, as ``3.self_attn.k_proj``."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class Needs:
         tokens: the positions that ``token_term`` covers: ``all`` that are not padding, or those that predict a
             trained token (``response``). ``None`` when the defense has no token term.
         reference: whether the frozen model's log-probabilities (token term) or block outputs (feature term) are read.
-        blocks: chooses decoder blocks, as indices, from their number; ``None`` when there is no feature term.
+        blocks: chooses decoder blocks, as indices, from their number; with ``modules``, what ``feature_term`` is given.
+        modules: ends of module names (``k_proj``), looked for in each decoder block.
+        prefix: whether ``feature_term`` covers only the chat template's prefix: the tokens before the first user's
+            words, in rows that begin with them. Nothing before them depends on a row, so the reference is read there
+            once, before training. Modules' references are read nowhere else.
         kinds: the kinds of rows whose tokens ``token_term`` covers (see ``holdtrue.data.KINDS``); ``None``: all.
         sample: the share of an accumulation window's rows, drawn anew in each, that ``token_term`` covers. The
             trainer divides by it, so that the term's expectation is that over all rows.
@@ -44,9 +50,21 @@ class Needs:
     tokens: Coverage | None = None
     reference: bool = False
     blocks: Callable[[int], Sequence[int]] | None = None
+    modules: tuple[str, ...] = ()
+    prefix: bool = False
     kinds: tuple[str, ...] | None = None
     sample: float = 1.0
     aside: bool = False
+
+    @property
+    def features(self) -> bool:
+        """Whether there is a feature term."""
+        return self.blocks is not None or bool(self.modules)
+
+    @property
+    def live(self) -> bool:
+        """Whether the reference must read each batch."""
+        return self.reference and (self.tokens is not None or (self.features and not self.prefix))
 
 
 @dataclass(frozen=True)
@@ -82,17 +100,20 @@ class TokenChunk:
 
 @dataclass(frozen=True)
 class Features:
-    """Block outputs of a micro-batch, before the model's final norm.
+    """Outputs of blocks (before the model's final norm) and of named modules, of a micro-batch.
 
     Attributes:
-        policy: block index -> (batch, length, width), with a gradient.
+        policy: place -> (batch, length, width), with a gradient. A place is a block's index, or for a module its
+            block's index and its name there: ``3.self_attn.k_proj``. With ``needs().prefix`` the length is the
+            prefix's.
         reference: the same of the frozen reference, without one; ``None`` unless asked for.
-        mask: (batch, length) bool, False at padding.
+        mask: (batch, length) bool, False at padding; with ``needs().prefix`` also in rows that begin otherwise, which
+            the term does not cover.
         kind: (batch,) int64, the rows' kinds.
     """
 
-    policy: dict[int, Tensor]
-    reference: dict[int, Tensor] | None
+    policy: Mapping[Any, Tensor]
+    reference: Mapping[Any, Tensor] | None
     mask: Tensor
     kind: Tensor
 
@@ -175,6 +196,14 @@ class Defense(BaseModel):
         """Say what the trainer must supply at each step."""
         return Needs()
 
+    def conflicts(self, other: Defense) -> str | None:
+        """Return why these settings contradict those of ``other`` in the same run, as a sentence's end, or ``None``.
+
+        Asked of each defense about each other one when a spec is read. It is for what cannot be meant, since one undoes
+        what the other is for; what is merely unwise is a matter of the docs.
+        """
+        return None
+
     def placed(self, folder: Path) -> Self:
         """Return the same defense with its relative paths starting in ``folder``: what a spec that is read keeps.
 
@@ -211,9 +240,9 @@ class Defense(BaseModel):
 
 
 class LossDefense(Defense):
-    """A defense that adds terms to the loss: at token positions, on block outputs, or both.
+    """A defense that adds terms to the loss: at token positions, on outputs of blocks and modules, or both.
 
-    ``needs().tokens`` and ``needs().blocks`` say which of the two hooks is called. Both return *unweighted* values;
+    ``needs().tokens`` and ``needs().features`` say which of the two hooks is called. Both return *unweighted* values;
     the trainer multiplies by ``weight`` and divides by the count of what the term covers, over the whole accumulation
     window and all ranks. A weight of zero is exactly plain training.
     """
@@ -225,5 +254,5 @@ class LossDefense(Defense):
         raise TypeError(f"{self.name} asks for tokens and has no token_term")
 
     def feature_term(self, features: Features) -> Tensor:
-        """Return the term of each example, (batch,); its mean over examples is the loss term."""
-        raise TypeError(f"{self.name} asks for blocks and has no feature_term")
+        """Return the term of each example, (batch,); its mean over covered examples is the loss term."""
+        raise TypeError(f"{self.name} asks for features and has no feature_term")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import logging
 import pkgutil
 from collections.abc import Iterable, Mapping
@@ -84,8 +85,8 @@ def parse(items: Iterable[str | Mapping[str, Any] | Defense]) -> tuple[Defense, 
     The order of the result is canonical, so that the spec's order changes nothing.
 
     Raises:
-        SpecError: an unknown name or parameter (with the nearest known one), a value out of range, or a defense named
-            twice.
+        SpecError: an unknown name or parameter (with the nearest known one), a value out of range, a defense named
+            twice, or two that contradict each other (:meth:`Defense.conflicts`).
     """
     found: dict[str, Defense] = {}
     for item in items:
@@ -93,7 +94,15 @@ def parse(items: Iterable[str | Mapping[str, Any] | Defense]) -> tuple[Defense, 
         if defense.name in found:
             raise SpecError(f"defenses: {defense.name!r} stands there twice: give each defense once")
         found[defense.name] = defense
-    return tuple(found[name] for name in sorted(found))
+    parsed = tuple(found[name] for name in sorted(found))
+    faults = [
+        f"defenses: {one.name} contradicts {other.name}: {reason}"
+        for one, other in itertools.permutations(parsed, 2)
+        if (reason := one.conflicts(other))
+    ]
+    if faults:
+        raise SpecError("\n".join(faults))
+    return parsed
 
 
 def _read(item: str | Mapping[str, Any]) -> Defense:

@@ -64,7 +64,7 @@ class Steering(Defense):
         return self.model_copy(update={"vector": str(folder / Path(self.vector).expanduser())})
 
     def preflight(self, context: RunContext) -> None:
-        if self._off:
+        if not self.acts:
             return
         from transformers import AutoConfig
 
@@ -82,7 +82,7 @@ class Steering(Defense):
         )
 
     def still_met(self, notes: Mapping[str, Any]) -> None:
-        if self._off:
+        if not self.acts:
             return
         path = self._stamp(Path())[0]
         was, now = notes.get("sha256"), _sha256(Path(path))
@@ -94,7 +94,7 @@ class Steering(Defense):
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:
-        if self._off:
+        if not self.acts:
             yield
             return
         from holdtrue.models import causal_lm, decoder_blocks
@@ -111,8 +111,9 @@ class Steering(Defense):
                 handle.remove()
 
     @property
-    def _off(self) -> bool:
-        return self.weight == 0 or (self.mode == "ablate" and self.components == 0)
+    def acts(self) -> bool:
+        """Whether these settings change anything."""
+        return self.weight > 0 and not (self.mode == "ablate" and self.components == 0)
 
     def _stamp(self, folder: Path) -> tuple[str, int, int]:
         if self.vector is None:

@@ -79,7 +79,12 @@ def _reference_cache(run: Run, source: ModelSource, base: PreTrainedModel) -> It
 
     needs = [defense.needs() for defense in run.spec.defenses if isinstance(defense, LossDefense) and defense.weight]
     depth = len(decoder_blocks(base))
-    blocks = {index for need in needs if need.blocks is not None and need.reference for index in need.blocks(depth)}
+    blocks = {
+        index
+        for need in needs
+        if need.blocks is not None and need.live and not need.prefix
+        for index in need.blocks(depth)
+    }
     rows = run.manifest["data"]["train"]
     everywhere = any(need.tokens == "all" and need.reference for need in needs)
     width, itemsize, count = base.config.get_text_config().hidden_size, base.dtype.itemsize, rows["sequences"]

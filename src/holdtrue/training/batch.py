@@ -75,6 +75,14 @@ class Batch:
             covered = covered & (self.lot < needs.sample).unsqueeze(1)
         return covered
 
+    def begins(self, start: Sequence[int]) -> Tensor:
+        """Return which rows begin with the tokens ``start``, (batch,) bool."""
+        size = len(start)
+        if self.input_ids.shape[1] < size:
+            return torch.zeros_like(self.kind, dtype=torch.bool)
+        same = self.input_ids[:, :size] == self.input_ids.new_tensor(start)
+        return (same & self.mask[:, :size]).all(1)
+
     def counts(self) -> Tensor:
         """Return the counts named by ``COUNTS``, (6,) float64. A row whose mask is empty is no example."""
         task = self.trained & (self.kind == 0).unsqueeze(1)

@@ -15,7 +15,7 @@ def step_means(
 
     Args:
         sums: of the whole window over all ranks, by the objective's names.
-        counts: what each term covers in it, by the names of ``COUNTS`` and ``defense/<name>``.
+        counts: what each term covers in it, by the names of ``COUNTS``, ``defense/<name>`` and ``features/<name>``.
         losses: the run's loss defenses, each with its needs.
         seconds: that the window took.
     """
@@ -31,8 +31,8 @@ def step_means(
         raw = 0.0
         if needs.tokens is not None:
             raw += mean(sums[f"defense/{defense.name}"], c[f"defense/{defense.name}"] * needs.sample)
-        if needs.blocks is not None:
-            raw += mean(sums[f"features/{defense.name}"], c["examples"])
+        if needs.features:
+            raw += mean(sums[f"features/{defense.name}"], c[f"features/{defense.name}"])
         metrics[f"{defense.name}_term"] = raw
         metrics[f"{defense.name}_weighted"] = defense.weight * raw
     return metrics | {

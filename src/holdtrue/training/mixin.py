@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from holdtrue.data.batching import ASIDE, Collator
-from holdtrue.defenses import Defense, Features, GradientContext, LossDefense
+from holdtrue.defenses import Defense, GradientContext, LossDefense
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
 from holdtrue.models.layers import peft_model
 from holdtrue.scoring import final_hidden, output_head, scoring_mode
 from holdtrue.training.batch import COUNTS, Batch, draw_lots
 from holdtrue.training.fast_lora import fast_lora
+from holdtrue.training.features import feature_term
 from holdtrue.training.metrics import mean, step_means
 from holdtrue.training.objective import TokenTerm, token_objective
-from holdtrue.training.reference import Reference, ReferenceOutputs, captured_blocks, shared_start
+from holdtrue.training.reference import Reference, ReferenceOutputs, captured_outputs, shared_start
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -95,9 +96,15 @@ class DefenseMixin(_Base):
         self.args.logging_nan_inf_filter = False
         self._check_model()
         count = len(decoder_blocks(self._policy))
-        self._blocks = {d.name: tuple(n.blocks(count)) for d, n in self._losses if n.blocks is not None}
-        self._captured = sorted({i for indices in self._blocks.values() for i in indices})
-        self._reference = Reference(self._policy, self._captured, cache=reference_cache, start=self._shared_start())
+        live = [n.blocks(count) for _, n in self._losses if n.blocks is not None and not n.prefix]
+        blocks = sorted({index for indices in live for index in indices})
+        self._reference = Reference(self._policy, blocks, cache=reference_cache, start=self._shared_start())
+        self._features = {
+            d.name: feature_term(d.name, n, self._policy, self._reference, self.processing_class, self.train_dataset)
+            for d, n in self._losses
+            if n.features
+        }
+        self._captured = {place: m for term in self._features.values() for place, m in term.modules.items()}
         self._aside = self._rows_aside()
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
@@ -170,10 +177,11 @@ class DefenseMixin(_Base):
         if any(needs.sample < 1 for _, needs in self._losses):
             draw_lots(batches, self.args.seed, self.state.global_step)
         terms = [(defense.name, needs) for defense, needs in self._losses if needs.tokens is not None]
-        names = [*COUNTS, *(f"defense/{name}" for name, _ in terms)]
+        names = [*COUNTS, *(f"defense/{name}" for name, _ in terms), *(f"features/{name}" for name in self._features)]
         totals = torch.zeros(len(names), dtype=torch.float64)
         for each in map(Batch.of, batches):
             covered = [each.covered(needs, sampled=False).sum().double().cpu() for _, needs in terms]
+            covered += [term.covered(each).sum().double().cpu() for term in self._features.values()]
             totals += torch.cat([each.counts().cpu(), torch.tensor(covered, dtype=torch.float64)])
         self._counts = dict(zip(names, self._over_ranks(totals.to(device)), strict=True))
         self._window = {}
@@ -184,9 +192,9 @@ class DefenseMixin(_Base):
         inputs = self._prepare_inputs(inputs)
         batch = Batch.of(inputs)
         wanted = self._wanted(batch)
-        blocks = any(needs.reference and needs.blocks is not None for _, needs in self._losses)
+        blocks = any(needs.live and needs.blocks is not None and not needs.prefix for _, needs in self._losses)
         # Asked for on every rank alike, also where this one has no row that is drawn, since ranks add up their sums.
-        asked = self._measured() or any(needs.reference for _, needs in self._losses)
+        asked = self._measured() or any(needs.live for _, needs in self._losses)
         outputs = self._reference.outputs(batch, wanted, blocks=blocks) if asked else None
         step = MicroStep(batch, wanted, self._chosen(batch, wanted), outputs, self._counts)
         with contextlib.ExitStack() as stack:
@@ -256,11 +264,12 @@ class DefenseMixin(_Base):
 
     def _read(self, step: MicroStep) -> Tensor:
         """Return the tokens that the policy reads: none behind the last position that anybody asks for."""
-        ids = step.batch.input_ids
-        if self._captured or not self.fast:
+        ids, prefixes = step.batch.input_ids, [term.prefix for term in self._features.values()]
+        if None in prefixes or not self.fast:
             return ids
         columns = step.chosen.any(0).nonzero()
-        return ids[:, : int(columns.max()) + 1] if len(columns) else ids[:, :1]
+        last = int(columns.max()) if len(columns) else 0
+        return ids[:, : max([last + 1, *(len(prefix) for prefix in prefixes if prefix)])]
 
     @contextlib.contextmanager
     def _objective_forward(self) -> Iterator[None]:
@@ -281,7 +290,7 @@ class DefenseMixin(_Base):
 
     def _objective(self, lm: Any, input_ids: Tensor, step: MicroStep) -> Tensor:
         batch, reference, counts = step.batch, step.reference, step.counts
-        with captured_blocks(lm, self._captured) as captured:
+        with captured_outputs(self._captured) as captured:
             hidden = final_hidden(lm, input_ids)
         positions = batch.positions(step.chosen)
         referenced = step.wanted[positions.row, positions.column]
@@ -307,18 +316,10 @@ class DefenseMixin(_Base):
             vocabulary=self._vocabulary,
         )
         step.sums.update(sums)
-        examples = batch.mask.any(1)
-        for defense, _ in ((d, n) for d, n in self._losses if n.blocks is not None):
-            own = self._blocks[defense.name]
-            features = Features(
-                {i: captured[i] for i in own},
-                None if reference is None else {i: reference.blocks[i] for i in own},
-                batch.mask,
-                batch.kind,
-            )
-            total = torch.where(examples, defense.feature_term(features), 0.0).sum()
+        for defense, _ in ((d, n) for d, n in self._losses if n.features):
+            total = self._features[defense.name].total(defense.feature_term, batch, captured, reference)
             step.sums[f"features/{defense.name}"] = total.detach()
-            loss = loss + _coefficient(defense.weight, counts["examples"]) * total
+            loss = loss + _coefficient(defense.weight, counts[f"features/{defense.name}"]) * total
         # Ties the loss to every adapter weight also where nothing is covered, or DDP would wait for gradients.
         return loss + 0.0 * hidden.sum()
 

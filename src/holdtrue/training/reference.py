@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from holdtrue.defenses.base import Place
 from holdtrue.models import causal_lm, decoder_blocks, without_adapter
 from holdtrue.scoring import final_hidden
 from holdtrue.training.batch import Batch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from holdtrue.training.reference_cache import ReferenceCache
 
 logger = logging.getLogger(__name__)
+_Key = TypeVar("_Key")
 
 SHORTEST_START = 8
 """Tokens that rows must share at their start before the reference reads them once for all."""
@@ -108,6 +110,13 @@ class Reference:
                 for k, index in enumerate(indices)
             }
             return ReferenceOutputs(torch.cat(hidden) if hidden else torch.zeros(0, width, device=device), whole)
+
+    def recorded(self, ids: Sequence[int], modules: Mapping[Place, nn.Module]) -> dict[Place, Tensor]:
+        """Return what ``modules`` give out for one row of the tokens ``ids``, (length, width) each."""
+        lm = causal_lm(self._model)
+        with without_adapter(self._model), captured_outputs(modules) as outputs:
+            final_hidden(lm, torch.tensor([list(ids)], device=lm.device))
+        return {place: output[0].clone() for place, output in outputs.items()}
 
     # What was seen before
 
@@ -206,26 +215,31 @@ class Reference:
 
 
 @contextlib.contextmanager
-def captured_blocks(model: nn.Module, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of the decoder blocks ``indices`` while the context is open.
+def captured_outputs(modules: Mapping[_Key, nn.Module]) -> Iterator[dict[_Key, Tensor]]:
+    """Collect the outputs of ``modules`` while the context is open, by their keys.
 
-    They are what each block itself gives out, before another hook (a defense's ``forward``) changes it.
+    They are what each module itself gives out, before another hook (a defense's ``forward``) changes it.
     """
-    outputs: dict[int, Tensor] = {}
+    outputs: dict[_Key, Tensor] = {}
 
-    def keep(index: int) -> Any:
+    def keep(key: _Key) -> Any:
         def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            outputs[index] = output[0] if isinstance(output, tuple) else output
+            outputs[key] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    blocks = decoder_blocks(model)
-    handles = [blocks[i].register_forward_hook(keep(i), prepend=True) for i in indices]
+    handles = [module.register_forward_hook(keep(key), prepend=True) for key, module in modules.items()]
     try:
         yield outputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def captured_blocks(model: nn.Module, indices: Sequence[int]) -> contextlib.AbstractContextManager[dict[int, Tensor]]:
+    """Collect the outputs of the decoder blocks ``indices`` while the context is open."""
+    blocks = decoder_blocks(model) if indices else ()
+    return captured_outputs({index: blocks[index] for index in indices})
 
 
 def shared_start(rows: Sequence[list[int]]) -> tuple[int, ...]:
