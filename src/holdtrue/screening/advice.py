@@ -53,7 +53,9 @@ def advise(risk: Risk) -> Suggestion:
 def _sureness(risk: Risk, level: Level) -> str:
     found = risk.left_out
     ends = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
-    said = [f"on domains that it had not seen, the risk ranked malicious sets above others with AUC {found.auc:.2f}{ends}"]
+    said = [
+        f"on domains that it had not seen, the risk ranked malicious sets above others with AUC {found.auc:.2f}{ends}"
+    ]
     if found.auc < USELESS or (found.low is not None and found.low <= 0.5):
         said.append("that is not clear of chance: read the risk as a hint")
     if risk.low is not None and risk.high is not None and _level(risk.low) != _level(risk.high):

@@ -38,7 +38,7 @@ class Weight(BaseModel):
         center, scale: of the calibration's points; the indicator is taken as (value − center) / scale.
         weight: on that; not negative, since an indicator is never used against its meaning.
         lowest, highest: of the calibration's points.
-        auc: of malicious sets against all others, and against their aligned twins only.
+        auc: of malicious sets against all others, against their aligned twins, and against other benign sets.
     """
 
     model_config = _CONFIG
@@ -58,7 +58,7 @@ class Calibration(BaseModel):
         version: of the file.
         model: the model's name, and the revision that it was measured on.
         settings: what the indicators must have been measured with; see :func:`settings_of`.
-        sets: each data set's domain, whether it is malicious, and the subsets taken of it.
+        sets: each data set's domain, its kind (malicious, its aligned twin, other benign) and how many subsets of it.
         indicators: their weights.
         bias: of the logistic curve.
         left_out: the risk's AUC on domains that its weights have not seen.
@@ -70,7 +70,7 @@ class Calibration(BaseModel):
     version: int = Field(default=1, ge=1, le=1)
     model: Mapping[str, str]
     settings: Mapping[str, int | str]
-    sets: Mapping[str, Mapping[str, str | bool | int]]
+    sets: Mapping[str, Mapping[str, str | int]]
     indicators: Mapping[IndicatorName, Weight]
     bias: float
     left_out: Measured
@@ -100,9 +100,7 @@ class Calibration(BaseModel):
             spread += (slope * (ends.high - ends.low) / 2) ** 2 if known else math.inf * (slope > 0 or math.nan)
         half = math.sqrt(spread) if not math.isnan(spread) else math.inf
         low, high = (None, None) if math.isinf(half) else (_logistic(z - half), _logistic(z + half))
-        far = tuple(
-            name for name, part in self.indicators.items() if not part.lowest <= values[name] <= part.highest
-        )
+        far = tuple(name for name, part in self.indicators.items() if not part.lowest <= values[name] <= part.highest)
         return Risk(_logistic(z), low, high, self.left_out, far)
 
 

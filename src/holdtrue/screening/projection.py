@@ -74,9 +74,7 @@ def direction(file: VectorFile, source: ModelSource, shape: Shape, layer: int | 
     return Direction(vector / size, index, digest)
 
 
-def projections(
-    model: nn.Module, encoder: WindowEncoder, rows: Sequence[ChatRow], along: Direction
-) -> list[float]:
+def projections(model: nn.Module, encoder: WindowEncoder, rows: Sequence[ChatRow], along: Direction) -> list[float]:
     """Return each answer's mean state over its first tokens, projected on the unit vector; nan where none is read.
 
     a(x, y) · v,   a: the mean over the answer's tokens (without what ends the turn) of the block's output
@@ -100,8 +98,8 @@ def own_answers(
         DataError: the chat template refuses a conversation.
     """
     from holdtrue.evaluation.sampling import Decoding, Request, TransformersSampler
-    from holdtrue.screening.sample import WindowEncoder
     from holdtrue.scoring import position_limit
+    from holdtrue.screening.sample import WindowEncoder
 
     encoder = WindowEncoder(tokenizer, tokens, position_limit(model))
     assert encoder.max_length is not None

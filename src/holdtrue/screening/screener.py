@@ -281,7 +281,9 @@ class Screener:
         if not len(known):
             message = f"no sampled row can be read for {name}: its conversation or its answer is empty or too long"
             raise DataError(summary.path, [Problem(0, "", message)])
-        return Indicator(name, float(known.mean()), cluster_interval(known, range(len(known))), len(known), badge, about)
+        return Indicator(
+            name, float(known.mean()), cluster_interval(known, range(len(known))), len(known), badge, about
+        )
 
     def _notes(
         self, summary: ChatSummary, order: Sequence[int], found: dict[str, Indicator], calibrated: bool
