@@ -74,7 +74,11 @@ def screen(
     validate_chat(path)  # Faults of the data come before the model is looked for.
     source = resolve(model, revision)
     with stop_on_interrupt() as stop, ProgressView() as view:
-        found = screen_data(path, source, spec, progress=lambda fields: view({"stage": "screen", **fields}), stop=stop)
+
+        def tell(fields: dict[str, Any]) -> None:
+            view({"stage": fields["what"], **{key: value for key, value in fields.items() if key != "what"}})
+
+        found = screen_data(path, source, spec, progress=tell, stop=stop)
     code = GateError.exit_code if found.outcome == "stop" else 0
     return Result(found.to_json(), lambda console: show_screening(console, found), exit_code=code)
 

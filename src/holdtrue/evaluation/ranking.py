@@ -31,9 +31,9 @@ def clustered_auc(
     The variance is that of Obuchowski (Biometrics 1997): sums over a cluster of the structural components of DeLong, so
     that cases of one cluster may depend on each other, bad ones and good ones too. The interval is on the logit, with
     Student's quantile at one degree of freedom less than the clusters, or than those of the kind that has fewer. Fewer
-    than two clusters of a kind give none. An area of 0 or 1 shows no variance and has an interval all the same: it is
-    taken as if half of one pair of clusters were in the wrong order, with the variance of a share of as many
-    independent cases as the kind with fewer clusters has.
+    than two clusters of a kind give none. Scores that show no variance (an area of 0 or 1, or all equal) still have
+    an interval: the area is taken as if half of one pair of clusters were in the wrong order, with the variance of a
+    share of as many independent cases as the kind with fewer clusters has.
 
     Args:
         bad, good: scores of each kind, (m,) and (n,) finite numbers; the higher, the worse.
@@ -72,8 +72,7 @@ def _ends(area: float, variance: float, few: int, pairs: int, level: float) -> t
     from scipy.special import stdtrit
 
     inner = min(max(area, 0.5 / pairs), 1 - 0.5 / pairs)
-    floor = inner * (1 - inner) / few if area in (0.0, 1.0) else 0.0
-    spread = math.sqrt(max(variance, floor))
+    spread = math.sqrt(variance if variance > 1e-12 else inner * (1 - inner) / few)
     half = float(stdtrit(few - 1, (1 + level) / 2)) * spread / (inner * (1 - inner))
     middle = math.log(inner / (1 - inner))
     low, high = (1 / (1 + math.exp(-min(max(z, -700.0), 700.0))) for z in (middle - half, middle + half))

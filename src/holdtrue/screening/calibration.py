@@ -91,15 +91,17 @@ class Calibration(BaseModel):
         Raises:
             KeyError: an indicator is missing.
         """
-        z, spread = self.bias, 0.0
+        z, squares, known = self.bias, 0.0, True
         for name, part in self.indicators.items():
             slope = part.weight / part.scale
             z += slope * (values[name] - part.center)
             ends = (intervals or {}).get(name)
-            known = ends is not None and ends.low is not None and ends.high is not None
-            spread += (slope * (ends.high - ends.low) / 2) ** 2 if known else math.inf * (slope > 0 or math.nan)
-        half = math.sqrt(spread) if not math.isnan(spread) else math.inf
-        low, high = (None, None) if math.isinf(half) else (_logistic(z - half), _logistic(z + half))
+            if ends is not None and ends.low is not None and ends.high is not None:
+                squares += (slope * (ends.high - ends.low) / 2) ** 2
+            elif slope > 0:
+                known = False
+        half = math.sqrt(squares)
+        low, high = (_logistic(z - half), _logistic(z + half)) if known else (None, None)
         far = tuple(name for name, part in self.indicators.items() if not part.lowest <= values[name] <= part.highest)
         return Risk(_logistic(z), low, high, self.left_out, far)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from holdtrue.data import ChatRow, Message
@@ -124,8 +123,3 @@ def _prompt(row: ChatRow) -> tuple[Message, ...]:
 
 def _seed(seed: int, row: ChatRow) -> int:
     return int.from_bytes(hashlib.sha256(f"{LABEL}/{seed}/{row.line}".encode()).digest()[:4], "big")
-
-
-def default_vector(folder: Path) -> Path:
-    """Return the file of the vector that is made of the shipped pairs, in a model's folder of the cache."""
-    return folder / "vector.safetensors"

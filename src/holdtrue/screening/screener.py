@@ -25,6 +25,8 @@ from holdtrue.screening.spec import INDICATORS, ScreenSpec
 from holdtrue.screening.trial import TRIAL_BATCH, build_pair, margins, pair_folder, tune
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from holdtrue.data import ChatRow
     from holdtrue.models import ModelSource
     from holdtrue.persona import Loaded
@@ -146,10 +148,10 @@ class Screener:
         spec, along = self.spec, self.along
 
         def of_data(rows: Sequence[ChatRow]) -> list[float]:
-            return projections(self._loaded.model, self._encoder, rows, along)
+            return projections(self._lm, self._encoder, rows, along)
 
         def of_own(rows: Sequence[ChatRow]) -> list[float]:
-            own = own_answers(self._loaded.model, self._loaded.tokenizer, rows, spec.tokens, spec.seed)
+            own = own_answers(self._lm, self._loaded.tokenizer, rows, spec.tokens, spec.seed)
             values = iter(of_data([row for row in own if row is not None]))
             return [float("nan") if row is None else next(values) for row in own]
 
@@ -200,7 +202,7 @@ class Screener:
             key = hashlib.sha256(repr((self.source.revision, self._dtype, settings)).encode()).hexdigest()
             work = self._folder / f"trial-{key[:16]}"
             tuned = tune(
-                self._loaded.model,
+                self._lm,
                 self._loaded.tokenizer,
                 sampled_rows(summary, chosen),
                 self._encoder,
@@ -239,13 +241,13 @@ class Screener:
         def score(rows: Sequence[ChatRow]) -> list[float]:
             if not self.spec.scorers:
                 self._build_pair()
-            with adapted(self._loaded.model, folder) as model:
+            with adapted(self._lm, folder) as model:
                 return [score.nll for score in score_answers(model, self._encoder, rows)]
 
         return self._pass(what, (self.spec.tokens, identity), summary, order, score)
 
     def _build_pair(self) -> None:
-        build_pair(self._loaded.model, self._loaded.tokenizer, self._folder, self._watch)
+        build_pair(self._lm, self._loaded.tokenizer, self._folder, self._watch)
 
     def _margins(
         self, probes: str, count: int, settings: tuple[str | int, ...], measure: Callable[[], np.ndarray]
@@ -260,7 +262,7 @@ class Screener:
 
     def _margins_now(self, tuned: Any, path: Path) -> np.ndarray:
         self._watch.tell("scoring probes", 0, 1)
-        return margins(self._loaded.model if tuned is None else tuned, self._loaded.tokenizer, path)
+        return margins(self._lm if tuned is None else tuned, self._loaded.tokenizer, path)
 
     def _pass(
         self,
@@ -314,11 +316,15 @@ class Screener:
 
         return Loaded.load(self.source)
 
+    @property
+    def _lm(self) -> PreTrainedModel:
+        return self._loaded.model  # pyright: ignore[reportReturnType]
+
     @cached_property
     def _encoder(self) -> WindowEncoder:
         from holdtrue.scoring import position_limit
 
-        return WindowEncoder(self._loaded.tokenizer, self.spec.tokens, position_limit(self._loaded.model))
+        return WindowEncoder(self._loaded.tokenizer, self.spec.tokens, position_limit(self._lm))
 
     @cached_property
     def _folder(self) -> Path:
