@@ -18,6 +18,7 @@ from holdtrue.screening.advice import LEVELS, advise
 from holdtrue.screening.calibration import settings_of
 from holdtrue.screening.result import exceeded
 
+KINDS = ("all", "twins", "benign")
 SHIPPED = sorted(Path(module.__file__).parent.glob("calibration-*.json"))
 
 
@@ -29,7 +30,7 @@ def calibration(**weights: float) -> Calibration:
             "weight": weights.get(name, 0.0),
             "lowest": -5.0,
             "highest": 5.0,
-            "auc": {"all": {"auc": 0.8}},
+            "auc": {kind: {"auc": 0.8} for kind in KINDS},
         }
         for name in INDICATORS
     }
@@ -39,7 +40,7 @@ def calibration(**weights: float) -> Calibration:
         "sets": {},
         "indicators": parts,
         "bias": 0.25,
-        "left_out": {"auc": 0.7, "low": 0.4, "high": 0.9},
+        "left_out": {kind: {"auc": 0.7, "low": 0.4, "high": 0.9} for kind in KINDS},
     }
     return Calibration.model_validate(values)
 
@@ -141,9 +142,8 @@ def test_the_shipped_file_is_what_its_card_says(path: Path) -> None:
     assert set(found.indicators) == set(INDICATORS)
     assert path.stat().st_size < 10_000
     card = (path.parent / found.card).read_text(encoding="utf-8")
-    areas = [part.auc["all"] for part in found.indicators.values()]
-    for area in [*areas, found.left_out]:
-        assert f"{area.auc:.2f} [{area.low:.2f}, {area.high:.2f}]" in card
+    for measured in [*(part.auc for part in found.indicators.values()), found.left_out]:
+        assert f"| {measured.all.text()} | {measured.twins.text()} | {measured.benign.text()} |" in card
     for name, each in found.sets.items():
         assert f"`{name}`" in card
         assert each["kind"] in ("malicious", "twin", "benign")

@@ -87,11 +87,12 @@ def show_screening(console: Console, found: Screening) -> None:
     """Print a screening for people."""
     from rich.table import Table
 
-    table = Table("indicator", "value", "95 % interval", "n", "unit", box=None)
+    table = Table("indicator", "value", "95 % interval", "n", "measured AUC", "unit", box=None)
     for name, each in found.indicators.items():
         ends = each.interval.to_json()
         between = "–" if ends is None else f"[{ends[0]:+.4f}, {ends[1]:+.4f}]"
-        table.add_row(name, f"{each.value:+.4f}", between, str(each.n), str(each.about["unit"]))
+        area = "–" if each.auc is None else each.auc.all.text()
+        table.add_row(name, f"{each.value:+.4f}", between, str(each.n), area, str(each.about["unit"]))
     console.print(table)
     lines: list[str] = []
     if found.risk is not None:

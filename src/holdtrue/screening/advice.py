@@ -40,8 +40,6 @@ LEVELS = (
     ),
 )
 """Defenses and figures are those of docs/results.md: 320 rows of one data set, one seed."""
-USELESS = 0.65
-"""A calibration that ranks unseen domains no better than this says next to nothing of them."""
 
 
 def advise(risk: Risk) -> Suggestion:
@@ -52,11 +50,11 @@ def advise(risk: Risk) -> Suggestion:
 
 def _sureness(risk: Risk, level: Level) -> str:
     found = risk.left_out
-    ends = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
     said = [
-        f"on domains that it had not seen, the risk ranked malicious sets above others with AUC {found.auc:.2f}{ends}"
+        f"on domains that it had not seen, the risk ranked malicious sets above others with AUC {found.all.text()}, "
+        f"above their aligned twins with {found.twins.text()}, above other benign sets with {found.benign.text()}"
     ]
-    if found.auc < USELESS or (found.low is not None and found.low <= 0.5):
+    if found.all.low is None or found.all.low <= 0.5:
         said.append("that is not clear of chance: read the risk as a hint")
     if risk.low is not None and risk.high is not None and _level(risk.low) != _level(risk.high):
         said.append(f"the rows drawn allow a risk from {risk.low:.2f} to {risk.high:.2f}, so also another level")

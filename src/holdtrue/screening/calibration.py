@@ -30,6 +30,21 @@ class Measured(BaseModel):
     low: float | None = None
     high: float | None = None
 
+    def text(self) -> str:
+        """Return it as people read it, such as ``0.74 [0.26, 0.96]``."""
+        ends = "" if self.low is None or self.high is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.auc:.2f}{ends}"
+
+
+class Auc(BaseModel):
+    """Of malicious sets against all others, against aligned twins of malicious sets, and against other benign sets."""
+
+    model_config = _CONFIG
+
+    all: Measured
+    twins: Measured
+    benign: Measured
+
 
 class Weight(BaseModel):
     """An indicator's part in the risk.
@@ -38,7 +53,7 @@ class Weight(BaseModel):
         center, scale: of the calibration's points; the indicator is taken as (value − center) / scale.
         weight: on that; not negative, since an indicator is never used against its meaning.
         lowest, highest: of the calibration's points.
-        auc: of malicious sets against all others, against their aligned twins, and against other benign sets.
+        auc: how well the indicator alone ranks.
     """
 
     model_config = _CONFIG
@@ -48,7 +63,7 @@ class Weight(BaseModel):
     weight: float = Field(ge=0)
     lowest: float
     highest: float
-    auc: Mapping[str, Measured]
+    auc: Auc
 
 
 class Calibration(BaseModel):
@@ -73,7 +88,7 @@ class Calibration(BaseModel):
     sets: Mapping[str, Mapping[str, str | int]]
     indicators: Mapping[IndicatorName, Weight]
     bias: float
-    left_out: Measured
+    left_out: Auc
     card: str = "CARD.md"
 
     def risk(self, values: Mapping[str, float], intervals: Mapping[str, Interval] | None = None) -> Risk:
@@ -119,7 +134,7 @@ class Risk(NamedTuple):
     value: float
     low: float | None
     high: float | None
-    left_out: Measured
+    left_out: Auc
     far: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdtrue.evaluation.statistics import Interval
-from holdtrue.screening.calibration import Risk
+from holdtrue.screening.calibration import Auc, Risk
 from holdtrue.screening.spec import ScreenSpec
 
 
@@ -22,6 +22,7 @@ class Indicator:
         n: rows (probes) that have a value.
         badge: how near it is to its paper.
         about: what it was measured with.
+        auc: how well it told malicious sets from others, where the model and the settings are calibrated.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Indicator:
     n: int
     badge: str
     about: Mapping[str, Any] = field(default_factory=dict)
+    auc: Auc | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -38,6 +40,7 @@ class Indicator:
             "interval": self.interval.to_json(),
             "n": self.n,
             "badge": self.badge,
+            "auc": None if self.auc is None else self.auc.model_dump(mode="json"),
             **self.about,
         }
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -108,6 +109,7 @@ class Screener:
         risk = None
         if calibration is not None:
             ends = {name: each.interval for name, each in found.items()}
+            found = {name: replace(each, auc=calibration.indicators[name].auc) for name, each in found.items()}
             risk = calibration.risk({name: each.value for name, each in found.items()}, ends)
         return Screening(
             data={
