@@ -176,6 +176,19 @@ def test_a_scorer_of_another_model_is_refused(source: ModelSource, data: Path, t
         screen_data(data, source, ScreenSpec(indicators=("gap",), scorers=(str(scorer),)), cache=cache)
 
 
+def test_of_several_processes_none_tunes_but_what_is_known_is_taken(
+    source: ModelSource, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ScreenSpec(**SMALL, seed=11, indicators=("drift",))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NeedError, match="in one process"):
+        screen_data(data, source, spec, cache=cache)
+    monkeypatch.delenv("WORLD_SIZE")
+    found = screen_data(data, source, spec, cache=cache)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert screen_data(data, source, spec, cache=cache) == found
+
+
 def test_a_limit_on_the_risk_needs_a_calibration(source: ModelSource, data: Path, cache: Path) -> None:
     with pytest.raises(NeedError, match="max_risk needs a calibration"):
         screen_data(data, source, ScreenSpec(max_risk=0.5), cache=cache)

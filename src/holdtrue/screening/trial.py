@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from holdtrue.data import ChatEncoder, builtin, load_prepared, prepare_rows, read_chat, validate_chat
-from holdtrue.errors import DataError, Interrupted, Problem
+from holdtrue.errors import DataError, Interrupted, NeedError, Problem
 from holdtrue.models import AdapterSpec
 from holdtrue.screening.passes import AGAIN, FORMAT, Watch
 from holdtrue.screening.sample import drawn
@@ -73,12 +74,19 @@ def tune(
 
     Raises:
         Interrupted: a checkpoint is kept.
+        NeedError: this is one of several processes.
         DataError: no row has a token to train on.
         RunError: training diverged.
     """
     from holdtrue.models import new_adapter
     from holdtrue.training import fit
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The others would have to train along: alone it would wait for them for ever.
+        raise NeedError(
+            f"{what}: a screen tunes in one process, and there are several: run `holdtrue screen` with the same "
+            "settings first; what it measured is kept, and the run takes it from there"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     prepared = folder / "rows"
     if not prepared.is_dir():
