@@ -15,7 +15,7 @@ from holdtrue.errors import DataError, Interrupted, NeedError, RunError
 from holdtrue.models import AdapterSpec, ModelSource, load_model, load_tokenizer, new_adapter, save_adapter
 from holdtrue.persona import Loaded
 from holdtrue.scoring import score_answers
-from holdtrue.screening import Screener, ScreenSpec, screen_data
+from holdtrue.screening import Screener, ScreenSpec, calibration, read_calibration, screen_data
 from holdtrue.screening.passes import PassKey, Watch, run_pass
 from holdtrue.screening.sample import WindowEncoder, drawn
 from holdtrue.screening.trial import TWINS, margins
@@ -192,6 +192,33 @@ def test_of_several_processes_none_tunes_but_what_is_known_is_taken(
 def test_a_limit_on_the_risk_needs_a_calibration(source: ModelSource, data: Path, cache: Path) -> None:
     with pytest.raises(NeedError, match="max_risk needs a calibration"):
         screen_data(data, source, ScreenSpec(max_risk=0.5), cache=cache)
+
+
+def test_a_calibrated_model_gets_a_risk_a_suggestion_and_a_limit_on_it(
+    source: ModelSource, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = read_calibration(next(Path(calibration.__file__).parent.glob("calibration-*.json")))
+    made = shipped.model_dump() | {"model": {"name": "tiny", "revision": source.revision}}
+    made["settings"] = calibration.settings_of(ScreenSpec(**SMALL))
+    own = cache / "calibrations"
+    own.mkdir(exist_ok=True)
+    (own / "calibration-tiny.json").write_text(json.dumps(made))
+    monkeypatch.setattr(calibration, "_FOLDER", own)
+    found = screen_data(data, source, ScreenSpec(**SMALL, max_risk=1.0), cache=cache)
+    assert found.risk is not None
+    assert found.suggestion is not None
+    values = {name: each.value for name, each in found.indicators.items()}
+    assert found.risk.value == read_calibration(own / "calibration-tiny.json").risk(values).value
+    assert found.outcome == "pass"
+    assert {name: each.auc for name, each in found.indicators.items()} == {
+        name: part.auc for name, part in shipped.indicators.items()
+    }
+    assert not any("no risk" in note for note in found.notes)
+    document = found.to_json()
+    assert document["risk"]["auc_of_unseen_domains"]["twins"]["auc"] == shipped.left_out.twins.auc
+    strict = ScreenSpec(**SMALL, max_risk=max(0.0, found.risk.value - 0.01))
+    if found.risk.value > 0.01:
+        assert screen_data(data, source, strict, cache=cache).exceeded[0].startswith("risk is")
 
 
 def test_a_limit_on_an_indicator_stops_or_passes(source: ModelSource, data: Path, cache: Path) -> None:

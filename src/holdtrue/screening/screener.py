@@ -109,7 +109,7 @@ class Screener:
         risk = None
         if calibration is not None:
             ends = {name: each.interval for name, each in found.items()}
-            found = {name: replace(each, auc=calibration.indicators[name].auc) for name, each in found.items()}
+            found = {name: replace(found[name], auc=part.auc) for name, part in calibration.indicators.items()}
             risk = calibration.risk({name: each.value for name, each in found.items()}, ends)
         return Screening(
             data={
