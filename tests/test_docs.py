@@ -99,6 +99,7 @@ def test_the_spec_page_has_every_key_with_its_default():
     from holdtrue.evaluation.sampled import SamplingSpec
     from holdtrue.models import AdapterSpec
     from holdtrue.runs.spec import DataSpec, EvaluateSpec, RunSpec
+    from holdtrue.screening import ScreenSpec
     from holdtrue.training import TrainingSpec
 
     printed = defaults(page("spec.md"))
@@ -110,6 +111,7 @@ def test_the_spec_page_has_every_key_with_its_default():
         "evaluate.": EvaluateSpec,
         "evaluate.sampling.": SamplingSpec,
         "gate.": GateSpec,
+        "screen.": ScreenSpec,
     }
     fields = {prefix + name: field for prefix, kind in sections.items() for name, field in kind.model_fields.items()}
     assert set(printed) == set(fields)

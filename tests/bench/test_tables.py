@@ -13,7 +13,7 @@ import pytest
 from holdtrue.bench import Bench, expand, load_grid, look, pick, summarize, write_results
 from holdtrue.bench.tables import as_csv, latex, markdown
 from holdtrue.evaluation import FitResult, FitRow, LikelihoodResult, LikelihoodRow, compare_results
-from holdtrue.runs import STAGES, Run, files
+from holdtrue.runs import Run, files
 
 Write = Callable[..., Path]
 GROUPS = ["g0", "g1", "g2", "g3"]
@@ -45,7 +45,7 @@ def finish(run: Run, tuned: Sequence[Any], seconds: float) -> None:
             record = {**result.to_json(), "which": which, "data": data, **more}
             files.write_json(run.path / "evaluations" / f"{after.suite}-{which}.json", record)
     report = {"seconds": seconds, "tokens": 100, "tokens_per_second": 100 / seconds, "peak_memory_bytes": 2**30}
-    for stage in STAGES:
+    for stage in run.stages:
         run.mark(stage, inputs=run.inputs(stage), seconds=1.0, report=report if stage == "train" else {})
 
 

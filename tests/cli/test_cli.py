@@ -50,7 +50,19 @@ def test_help_takes_less_than_a_second() -> None:
 def test_help_names_every_command(capfd: Capture) -> None:
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
-    for command in ("train", "resume", "eval", "compare", "defenses", "models", "scorers", "persona", "bench", "demo"):
+    for command in (
+        "train",
+        "resume",
+        "eval",
+        "compare",
+        "defenses",
+        "models",
+        "scorers",
+        "persona",
+        "bench",
+        "demo",
+        "screen",
+    ):
         assert command in text
         assert main([command, "--help"]) == 0
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from holdtrue.cli.main import main
-from holdtrue.runs import STAGES, Run
+from holdtrue.runs import Run
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 Capture = pytest.CaptureFixture[str]
@@ -36,7 +36,7 @@ def test_a_run_from_spec_to_comparison(folder: Path, capfd: Capture) -> None:
     code, document, err = run_json(capfd, "train", str(folder / "spec.yaml"), "--out", str(out))
     assert code == 0, err
     assert document["status"] == "done"
-    assert list(document["stages"]) == list(STAGES)
+    assert list(document["stages"]) == list(Run(out).stages)
     assert document["stages"]["train"]["steps"] == 18  # 10 rows and 2 safe ones, 2 a step, 3 epochs
     run = Run(out)
     assert len([line for line in run.metrics() if "loss" in line]) == 18
@@ -249,7 +249,7 @@ def test_the_python_face(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ht.train("spec.yaml", overrides=["training.epochs=1"], progress=lambda p: seen.append(p["stage"]))
     assert run.path.parent == folder / "runs"
     assert run.path.name.startswith("spec-")
-    assert list(dict.fromkeys(seen)) == list(STAGES)
+    assert list(dict.fromkeys(seen)) == list(run.stages)
     records = ht.evaluate(run, suites=["likelihood"])
     assert [r["which"] for r in records] == ["untouched", "tuned"]
     assert ht.compare([run]).measures

@@ -93,7 +93,7 @@ def test_every_fault_is_listed_with_the_nearest_name(tmp_path: Path) -> None:
         (MINIMAL + "model: other\n", "the key 'model' is there twice, first on line 1"),
         (MINIMAL + "training: {seed: 1, seed: 2}\n", "'seed' is there twice"),
         (MINIMAL + "1: 2\n", "is not text"),
-        (MINIMAL + "screen: {}\n", "comes later"),
+        (MINIMAL + "screen: {rows: 1}\n", "screen.rows"),
         (MINIMAL + "gate: {margin_fal: {max: 0.05}}\n", "did you mean 'margin_fall'?"),
         (MINIMAL + "gate: {misaligned_rise: {max: -1}}\n", "gate.misaligned_rise.max"),
         (MINIMAL + "evaluate: {suites: [benign]}\n", "needs a task"),

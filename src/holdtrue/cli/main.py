@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from holdtrue.cli import bench, demo, evaluate, listing, persona, scorers, train
+from holdtrue.cli import bench, demo, evaluate, listing, persona, scorers, screen, train
 from holdtrue.cli.output import Result, say, set_up_logging, show, stdout_kept
 from holdtrue.errors import HoldtrueError, Interrupted
 
@@ -32,6 +32,7 @@ app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
+app.command("screen")(screen.screen)
 app.command("bench")(bench.bench)
 app.command("judge")(evaluate.judge)
 app.command("samples")(evaluate.samples)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 EVERY = 10.0
 TITLES = {
+    "screen": "screening the data",
     "prepare": "preparing rows",
     "train": "training",
     "finalise": "finalising the adapter",

@@ -59,9 +59,9 @@ def _work(run: Run) -> Result | None:
 
 def run_result(run: Run, worked: bool) -> Result:
     """Return what a finished run has to tell."""
-    from holdtrue.runs import STAGES, brief, compare_runs
+    from holdtrue.runs import brief, compare_runs
 
-    markers = {stage: run.marker(stage) for stage in STAGES}
+    markers = {stage: run.marker(stage) for stage in run.stages}
     document: dict[str, Any] = {
         "run": str(run.path),
         "status": "done" if worked else "nothing to do",
@@ -69,6 +69,7 @@ def run_result(run: Run, worked: bool) -> Result:
         "stages": {s: {"seconds": m["seconds"], **m["report"]} for s, m in markers.items() if m},
         "evaluations": [brief(record) for record in run.evaluations()],
         "gate": run.gate,
+        "screen": run.screen,
     }
     outcome = None if run.gate is None else run.gate["outcome"]
 

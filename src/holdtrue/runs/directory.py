@@ -16,8 +16,9 @@ from holdtrue.errors import RunError, SpecError, nearest
 from holdtrue.runs import files
 from holdtrue.runs.spec import RunSpec, differences
 
-Stage = Literal["prepare", "train", "finalise", "evaluate", "gate"]
-STAGES: tuple[Stage, ...] = ("prepare", "train", "finalise", "evaluate", "gate")
+Stage = Literal["screen", "prepare", "train", "finalise", "evaluate", "gate"]
+STAGES: tuple[Stage, ...] = ("screen", "prepare", "train", "finalise", "evaluate", "gate")
+"""All there are; a run has those of :attr:`Run.stages`."""
 
 
 class Run:
@@ -25,6 +26,7 @@ class Run:
 
     ====================  ==========================================================================
     ``spec.json``         the resolved spec, with its hash
+    ``screen.json``       what screening found of the training rows, where the spec asks for it
     ``manifest.json``     model and revision, data with hashes and counts, notes of defenses, versions
     ``events.jsonl``      what happened when
     ``metrics.jsonl``     one line for each optimizer step
@@ -85,6 +87,19 @@ class Run:
             stored = {"format": 1, "name": folder.name, "hash": spec.hash(), "spec": spec.canonical()}
             files.write_json(folder / "spec.json", stored)
         return cls(folder)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of this run, in order: ``screen`` only where the spec asks for it."""
+        return STAGES if self.spec.screen is not None else STAGES[1:]
+
+    @property
+    def screen(self) -> dict[str, Any] | None:
+        """What screening found of the training rows, or ``None`` where it was not asked for or is not done."""
+        try:
+            return files.read_json(self.path / "screen.json")
+        except FileNotFoundError:
+            return None
 
     @property
     def adapter(self) -> Path:
@@ -169,18 +184,22 @@ class Run:
 
     def inputs(self, stage: Stage) -> str:
         """Return the hash that a stage's marker must carry to count: of the spec, and of the marker before it."""
-        index = STAGES.index(stage)
-        before = self.path / "stages" / f"{STAGES[index - 1]}.json"
+        index = self.stages.index(stage)
+        before = self.path / "stages" / f"{self.stages[index - 1]}.json"
         content = before.read_bytes() if index and before.exists() else b""
         return hashlib.sha256(f"{stage}:{self._hash}:".encode() + content).hexdigest()
 
     def is_done(self, stage: Stage) -> bool:
-        """Say whether a stage and all before it are finished, for this spec."""
-        for name in STAGES[: STAGES.index(stage) + 1]:
+        """Say whether a stage and all before it are finished, for this spec; one that it does not have is."""
+        for name in self.stages_until(stage):
             marker = self.marker(name)
             if marker is None or marker["inputs"] != self.inputs(name):
                 return False
         return True
+
+    def stages_until(self, stage: Stage) -> tuple[Stage, ...]:
+        """Return the run's stages up to and with ``stage``, in order."""
+        return tuple(name for name in self.stages if STAGES.index(name) <= STAGES.index(stage))
 
     def record(self, event: str, **fields: Any) -> None:
         """Append to ``events.jsonl``."""

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdtrue.errors import DataError, Problem, SpecError
+from holdtrue.errors import DataError, Problem, RunError, SpecError
 from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
@@ -47,6 +47,7 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
     control.check(run.path)
 
     source = resolve(spec.model, spec.revision)
+    _check_screened(run, splits["train"], source)
     notes: dict[str, dict[str, Any]] = {defense.name: {} for defense in spec.defenses}
     if spec.defenses:
         task_rows = splits["train"].rows - spec.data.holdout
@@ -64,6 +65,21 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
     }
     files.write_json(run.path / "manifest.json", manifest)
     return {split: {key: entry[key] for key in ("rows", "sequences", "tokens")} for split, entry in data.items()}
+
+
+def _check_screened(run: Run, train: ChatSummary, source: ModelSource) -> None:
+    """Refuse to train on other rows, or with another model, than were screened."""
+    found = run.screen if "screen" in run.stages else None
+    if found is None:
+        return
+    for what, was, now in (
+        (str(train.path), found["data"]["sha256"], train.sha256),
+        (f"model {source.name}", found["model"]["revision"], source.revision),
+    ):
+        if was != now:
+            raise RunError(
+                f"{what} has changed since it was screened ({was}, now {now}): put it back, or begin another run"
+            )
 
 
 def describe_model(source: ModelSource, asked: str) -> dict[str, Any]:

@@ -25,12 +25,10 @@ from holdtrue.evaluation.gate import GateSpec
 from holdtrue.evaluation.sampled import SamplingSpec
 from holdtrue.models import AdapterSpec
 from holdtrue.runs.reading import apply_overrides, read_mapping
+from holdtrue.screening import ScreenSpec
 from holdtrue.training import TrainingSpec
 
 BUILTIN = "builtin:"
-LATER = {
-    "screen": "screening is not part of this version yet",
-}
 
 
 class DataSpec(BaseModel):
@@ -87,6 +85,7 @@ class RunSpec(BaseModel):
     defenses: tuple[SerializeAsAny[Defense], ...] = ()
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
     gate: GateSpec | None = None
+    screen: ScreenSpec | None = None
     folder: Path = Field(default_factory=Path.cwd)
 
     def __init__(self, **values: Any) -> None:
@@ -151,6 +150,8 @@ class RunSpec(BaseModel):
             self, "evaluate", self.evaluate.model_copy(update={"suites": suites, "data": files, "benign": benign})
         )
         object.__setattr__(self, "model", _model_path(self.model, folder))
+        if self.screen is not None:
+            object.__setattr__(self, "screen", self.screen.placed(folder))
         object.__setattr__(self, "defenses", tuple(defense.placed(folder) for defense in self.defenses))
         return self
 
@@ -258,8 +259,6 @@ def explain(error: ValidationError, root: type[BaseModel], what: str = "spec") -
 def _line(root: type[BaseModel], place: Sequence[int | str], kind: str, message: str, value: Any) -> str:
     where = ".".join(str(part) for part in place)
     if kind == "extra_forbidden":
-        if where in LATER:
-            return f"{where}: {LATER[where]}, it comes later; remove the key"
         known = _fields(root, place[:-1])
         return f"{where}: unknown key{nearest(str(place[-1]), known) or '; known here: ' + ', '.join(sorted(known))}"
     if kind == "missing":

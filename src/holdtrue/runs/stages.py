@@ -17,9 +17,11 @@ from holdtrue.runs.evaluate import evaluate_stage
 from holdtrue.runs.finalise import finalise_stage
 from holdtrue.runs.gate import gate_stage
 from holdtrue.runs.prepare import prepare_stage
+from holdtrue.runs.screen import screen_stage
 from holdtrue.runs.train import train_stage
 
 _WORK: dict[Stage, Callable[[Run, Control], dict[str, Any]]] = {
+    "screen": screen_stage,
     "prepare": prepare_stage,
     "train": train_stage,
     "finalise": finalise_stage,
@@ -44,7 +46,7 @@ def execute(run: Run, control: Control | None = None, *, until: Stage = STAGES[-
     if run.is_done(until):
         return False
     with run.lock(), files.disk_errors(run.path):
-        for stage in STAGES[: STAGES.index(until) + 1]:
+        for stage in run.stages_until(until):
             if run.is_done(stage):
                 continue
             control.check(run.path)

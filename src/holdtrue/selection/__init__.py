@@ -1,7 +1,8 @@
 """Choosing rows of a safe pool by what misaligned models make of them: scorers, cached scores, the choice itself."""
 
+from holdtrue.selection.cache import ScoreFile
 from holdtrue.selection.choice import REFUSAL_WINDOW, REFUSAL_WORDS, Refusals, gap, largest, quantiles
-from holdtrue.selection.pool import PoolScores, score_pool
+from holdtrue.selection.pool import PoolScores, adapted, score_pool
 from holdtrue.selection.scorers import (
     PROVENANCE,
     Base,
@@ -23,8 +24,10 @@ __all__ = [
     "PoolScores",
     "Provenance",
     "Refusals",
+    "ScoreFile",
     "Scorer",
     "TrainedOn",
+    "adapted",
     "adapter_sha256",
     "admitted",
     "check_domain",

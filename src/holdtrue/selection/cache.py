@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock
 
@@ -18,6 +18,19 @@ from holdtrue.models.store import cache_root
 
 FORMAT = 1
 """Of the file, and of how rows are encoded and scored: whoever changes either counts it up."""
+
+
+class Key(Protocol):
+    """Names a file of scores: by the pool's hash, and by all that decides them, on one line."""
+
+    @property
+    def pool(self) -> str:
+        """SHA-256 of the scored rows' file."""
+        ...
+
+    def header(self) -> str:
+        """Return the first line of the file."""
+        ...
 
 
 class ScoreKey(NamedTuple):
@@ -64,7 +77,7 @@ class ScoreFile:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, key: ScoreKey, cache: str | os.PathLike[str] | None = None) -> Iterator[ScoreFile]:
+    def open(cls, key: Key, cache: str | os.PathLike[str] | None = None) -> Iterator[ScoreFile]:
         """Open the file of a key in the cache folder, alone: another process that wants it waits.
 
         Raises:

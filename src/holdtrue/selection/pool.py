@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -111,7 +112,7 @@ class _Base:
         from holdtrue.scoring import score_answers
 
         rows = islice(read_chat(pool.path, kind="safe"), len(file.scores), None)
-        with _adapted(self._model, scorer) as model:
+        with adapted(self._model, None if scorer is None else scorer.folder) as model:
             while len(file.scores) < pool.rows:
                 window = list(islice(rows, min(WINDOW, pool.rows - len(file.scores))))
                 if not window:
@@ -123,18 +124,18 @@ class _Base:
 
 
 @contextlib.contextmanager
-def _adapted(model: PreTrainedModel, scorer: Scorer | None) -> Iterator[nn.Module]:
-    """Yield the model with a scorer's adapter on it; afterwards it is the base model again."""
+def adapted(model: PreTrainedModel, folder: Path | None) -> Iterator[nn.Module]:
+    """Yield the model with the adapter in ``folder`` on it, or as it is; afterwards it is the base model again."""
     from holdtrue.models import load_adapter
 
-    if scorer is None:
+    if folder is None:
         yield model
         return
-    adapted = load_adapter(model, scorer.folder)
+    with_it = load_adapter(model, folder)
     try:
-        yield adapted
+        yield with_it
     finally:
-        adapted.unload()
+        with_it.unload()
 
 
 def _shifted(progress: Progress | None, start: int, total: int) -> Progress | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdtrue.runs.compare import Comparison, compare_runs
-from holdtrue.runs.directory import STAGES, Run
+from holdtrue.runs.directory import Run
 from holdtrue.runs.report.cost import Cost, cost_of
 from holdtrue.runs.report.measures import (
     Benign,
@@ -182,7 +182,7 @@ def _run_row(own: Records, name: str, rows: dict[str, str], base: Records | None
     return Row(
         name=name,
         run=run,
-        missing=tuple(stage for stage in STAGES if not run.is_done(stage)),
+        missing=tuple(stage for stage in run.stages if not run.is_done(stage)),
         kl=kl,
         kl_where=where,
         cost=cost_of(run, None if base is None else base.run),
