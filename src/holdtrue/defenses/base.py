@@ -1,7 +1,7 @@
 """What a defense is: a frozen, validated value with hooks at five points of a run.
 
 Data (``rows``), forward (``forward``), loss (``token_term``, ``feature_term`` of :class:`LossDefense`), gradient
-(``gradient``) and weights (``weights``). Every hook does nothing by default. The trainer knows these hooks and no
+(``gradient``) and weights (``weights``). ``start`` gives a defense a life across steps. Every hook does nothing by default. The trainer knows these hooks and no
 method by name.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from holdtrue.data import ChatRow
+    from holdtrue.defenses.runtime import Runtime, StartContext
     from holdtrue.models import ModelSource
 
 Coverage = Literal["all", "response"]
@@ -39,6 +40,7 @@ class Needs:
         sample: the share of an accumulation window's rows, drawn anew in each, that ``token_term`` covers. The
             trainer divides by it, so that the term's expectation is that over all rows.
         aside: whether ``gradient`` calls ``GradientContext.aside_gradient``, on rows of kind ``aside``.
+        probe: the file of pairs on which ``start`` may have the policy's margin measured (``StartContext.margin``).
     """
 
     tokens: Coverage | None = None
@@ -47,6 +49,7 @@ class Needs:
     kinds: tuple[str, ...] | None = None
     sample: float = 1.0
     aside: bool = False
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class RunContext:
         folder: where relative paths of the spec start.
         notes: filled by a hook with what it did; kept in the run.
         task_rows: the number of task rows; ``None`` where rows are no concern.
+        losses: the names of the run's loss defenses whose weight is above 0; ``None`` where they are no concern.
     """
 
     model: ModelSource
@@ -141,6 +145,7 @@ class RunContext:
     folder: Path
     notes: dict[str, Any] = field(default_factory=dict)
     task_rows: int | None = None
+    losses: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,10 @@ class Defense(BaseModel):
 
     def still_met(self, notes: Mapping[str, Any]) -> None:
         """Check, before training begins or goes on, that what ``preflight`` noted still holds; ``NeedError`` if not."""
+
+    def start(self, context: StartContext) -> Runtime | None:
+        """Return what lives while the trainer does and keeps a state, or ``None``: most defenses have no such thing."""
+        return None
 
     def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
         """Add, select or rewrite training rows, lazily."""
