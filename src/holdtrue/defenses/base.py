@@ -1,8 +1,8 @@
 """What a defense is: a frozen, validated value with hooks at five points of a run.
 
 Data (``rows``), forward (``forward``), loss (``token_term``, ``feature_term`` of :class:`LossDefense`), gradient
-(``gradient``) and weights (``weights``). ``start`` gives a defense a life across steps. Every hook does nothing by default. The trainer knows these hooks and no
-method by name.
+(``gradient``) and weights (``weights``). ``start`` gives a defense a life across steps. Every hook does nothing by
+default. The trainer knows these hooks and no method by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -228,6 +229,11 @@ class LossDefense(Defense):
     """
 
     weight: float = Field(default=0.0, ge=0)
+
+    @classmethod
+    def largest_weight(cls) -> float:
+        """Return the largest weight that the field allows: where a runtime stops that moves it."""
+        return cls.model_json_schema(by_alias=False)["properties"]["weight"].get("maximum", inf)
 
     def token_term(self, chunk: TokenChunk) -> Tensor:
         """Return the term of each position of the chunk, (n,); its mean over covered positions is the loss term."""
