@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import datasets
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdtrue.models import AdapterSpec, new_adapter
+from holdtrue.scoring import scoring_mode
 
 
 def small_model(dropout: float = 0.0) -> PeftModel:
@@ -43,3 +46,30 @@ def small_rows(count: int = 45, seed: int = 0) -> datasets.Dataset:
         trained = [False] * n if i == 4 else [False] * 3 + [True] * (n - 3)
         rows.append({"input_ids": ids, "trained": trained, "kind": int(i % 9 == 0), "length": n, "ce": True})
     return datasets.Dataset.from_list(rows)
+
+
+class LikelierThanRows:
+    """A probe: how much likelier a model finds some random texts than the first of ``small_rows``; training lowers it.
+
+    With ``draws`` it takes random numbers, as no probe should; ``offset`` is added to what it finds.
+    """
+
+    def __init__(self, *, draws: bool = False, offset: float = 0.0) -> None:
+        self._draws, self._offset = draws, offset
+        self._rows = [torch.tensor([row["input_ids"]]) for row in small_rows().select(range(5, 13))]
+        shuffled = np.random.default_rng(9).integers(1, 500, (8, 12))
+        self._texts = [torch.tensor([ids]) for ids in shuffled.tolist()]
+
+    def __call__(self, model: torch.nn.Module) -> float:
+        if self._draws:
+            torch.rand(3)
+        with scoring_mode(model) as lm:
+            losses = [[float(lm(ids, labels=ids).loss) for ids in group] for group in (self._rows, self._texts)]
+        return float(np.mean(losses[0]) - np.mean(losses[1])) + self._offset
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

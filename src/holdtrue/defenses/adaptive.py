@@ -49,7 +49,7 @@ class Adaptive(Defense):
     highest: float = Field(default=100.0, ge=0, description="the largest; 0 for both holds all terms at zero")
     headroom: float = Field(default=0.1, ge=0, lt=1, description="the share of max_drift that is aimed below it")
     gain: float = Field(default=1.0, gt=0, description="step size of the logarithm of the factor, K_I")
-    lead: float = Field(default=1.0, ge=0, description="measurements to look ahead, K_P / K_I")
+    lead: float = Field(default=0.5, ge=0, description="measurements to look ahead, K_P / K_I")
     on_violation: Literal["warn", "stop"] = Field(
         default="warn", description="where the last drift is above max_drift: note it, or keep no adapter"
     )

@@ -34,7 +34,7 @@ class DualAscent:
     """
 
     gain: float = 1.0
-    lead: float = 1.0
+    lead: float = 0.5
     lowest: float = 0.01
     highest: float = 100.0
 
