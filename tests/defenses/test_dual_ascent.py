@@ -15,7 +15,9 @@ GAINS = {"gain": st.floats(0.01, 10), "lead": st.floats(0, 10)}
 
 
 @given(
-    bounds=BOUNDS, values=st.lists(st.floats(-1e300, 1e300) | st.sampled_from([math.inf, -math.inf]), max_size=20), **GAINS
+    bounds=BOUNDS,
+    values=st.lists(st.floats(-1e300, 1e300) | st.sampled_from([math.inf, -math.inf]), max_size=20),
+    **GAINS,
 )
 def test_the_multiplier_stays_within_its_bounds(bounds, values, gain, lead):
     rule = DualAscent(gain, lead, *bounds)
@@ -29,7 +31,13 @@ def test_the_multiplier_stays_within_its_bounds(bounds, values, gain, lead):
         assert 1 / DualAscent.LARGEST_FACTOR * (1 - 1e-12) <= ratio <= DualAscent.LARGEST_FACTOR * (1 + 1e-12)
 
 
-@given(error=st.floats(-1, 1), before=st.floats(-1, 1), start=st.floats(0.1, 10), gain=st.floats(0, 0.5), lead=st.floats(0, 1))
+@given(
+    error=st.floats(-1, 1),
+    before=st.floats(-1, 1),
+    start=st.floats(0.1, 10),
+    gain=st.floats(0, 0.5),
+    lead=st.floats(0, 1),
+)
 def test_a_step_is_the_formula(error, before, start, gain, lead):
     stepped = DualAscent(gain, lead, 1e-3, 1e3).step(Dual(start, before), 1 + error)
     change = gain * (error + lead * (error - before))
@@ -97,7 +105,8 @@ def test_a_constraint_that_never_binds_lets_the_multiplier_fall_to_its_least():
 
 def test_looking_ahead_overshoots_less_on_a_short_run():
     peaks = {
-        lead: max(relaxed(DualAscent(lead=lead), price=0.3, allowed=0.3, delay=4.0, probes=10)[0]) for lead in (0.0, 1.0)
+        lead: max(relaxed(DualAscent(lead=lead), price=0.3, allowed=0.3, delay=4.0, probes=10)[0])
+        for lead in (0.0, 1.0)
     }
     assert peaks[1.0] < peaks[0.0]
 

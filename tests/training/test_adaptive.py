@@ -1,4 +1,4 @@
-"""The runtime hook and adaptive, on a small real model: held drift, plain at zero, resumed, accumulated, distributed."""
+"""The runtime hook and adaptive, on a small model: held drift, plain at zero, resumed, accumulated, distributed."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ class Scripted:
 
     def __call__(self, model: torch.nn.Module) -> float:
         modes = {module.training for module in model.modules()}
-        self.seen.append((modes, torch.is_grad_enabled(), all(p.requires_grad for n, p in model.named_parameters() if "lora" in n)))
+        self.seen.append(
+            (modes, torch.is_grad_enabled(), all(p.requires_grad for n, p in model.named_parameters() if "lora" in n))
+        )
         return self.margins.pop(0) if len(self.margins) > 1 else self.margins[0]
 
 

@@ -44,7 +44,7 @@ class Adaptive(Defense):
     probe: str = Field(
         default="builtin:probes-select", description="a probe file, or builtin:NAME; not what the run is evaluated on"
     )
-    every: int = Field(default=5, ge=1, description="optimizer steps between measurements; the last step is measured")
+    every: int = Field(default=10, ge=1, description="optimizer steps between measurements; the last step is measured")
     lowest: float = Field(default=0.01, ge=0, description="the least factor on the defenses' weights")
     highest: float = Field(default=100.0, ge=0, description="the largest; 0 for both holds all terms at zero")
     headroom: float = Field(default=0.1, ge=0, lt=1, description="the share of max_drift that is aimed below it")
@@ -149,7 +149,7 @@ class _Holder(Runtime):
             return notes
         at_highest = ", where the multiplier was as high as it may be" * (self._dual.multiplier >= self._rule.highest)
         text = (
-            f"adaptive: bound not held: the probe's margin has fallen by {self._drift:.4f} nats per token at step {step}"
+            f"adaptive: bound not held: the margin on the probe fell by {self._drift:.4f} nats per token to step {step}"
             f"{at_highest}, and max_drift allows {self._bound:.4f}. Begin with larger weights, raise highest, measure "
             "more often (every), add a defense, or train less"
         )

@@ -42,8 +42,8 @@ def check_probes(spec: RunSpec) -> None:
         shared = [probe for probe in read_probes(source).rows if _folded(probe.question) in own]
         if shared:
             raise SpecError(
-                f"evaluate: {len(shared)} questions of {source}, the first in line {shared[0].line}, are in {asking}'s "
-                f"probe {path} too. {reason}: take them out of one of the two"
+                f"evaluate: {len(shared)} of the questions of {source} (line {shared[0].line}, for one) are in "
+                f"{asking}'s probe {path} too. {reason}: take them out of one of the two"
             )
 
 
