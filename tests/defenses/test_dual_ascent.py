@@ -40,7 +40,7 @@ def test_the_multiplier_stays_within_its_bounds(bounds, values, gain, lead):
 )
 def test_a_step_is_the_formula(error, before, start, gain, lead):
     stepped = DualAscent(gain, lead, 1e-3, 1e3).step(Dual(start, before), 1 + error)
-    change = gain * (error + lead * (error - before))
+    change = gain * (error + lead * max(0, error - before))
     expected = math.log(start) + min(max(change, -math.log(4)), math.log(4))
     assert math.log(stepped.multiplier) == pytest.approx(expected, abs=1e-9)
 

@@ -26,11 +26,11 @@ class Adaptive(Defense):
     Every ``every`` steps the margin is measured on probe pairs: mean log-likelihood per token of aligned answers minus
     that of misaligned ones. The run's loss defenses stand for the constraint in the loss, with weight * m; m follows
 
-    log m <- clip(log m + gain * (e + lead * (e − e_before))),   e = drift / ((1 − headroom) * max_drift) − 1
+    log m <- clip(log m + gain * (e + lead * max(0, e − e_before))),   e = drift / ((1 − headroom) * max_drift) − 1
 
     A variant of ours: dual ascent on the measured constraint while the primal descends on a differentiable stand-in
-    (proxy Lagrangian, Cotter et al. 2018, arXiv 1804.06500), with the proportional term of PID-Lagrangian methods
-    (Stooke et al. 2020, arXiv 2007.03964), in logarithms. ``dual_ascent.py`` has the rule.
+    (proxy Lagrangian, Cotter et al. 2018, arXiv 1804.06500), with a look ahead on a rising drift as PID-Lagrangian
+    methods have (Stooke et al. 2020, arXiv 2007.03964), in logarithms. ``dual_ascent.py`` has the rule.
     """
 
     name = "adaptive"
@@ -48,8 +48,8 @@ class Adaptive(Defense):
     lowest: float = Field(default=0.01, ge=0, description="the least factor on the defenses' weights")
     highest: float = Field(default=100.0, ge=0, description="the largest; 0 for both holds all terms at zero")
     headroom: float = Field(default=0.1, ge=0, lt=1, description="the share of max_drift that is aimed below it")
-    gain: float = Field(default=1.0, gt=0, description="step size of the logarithm of the factor, K_I")
-    lead: float = Field(default=0.5, ge=0, description="measurements to look ahead, K_P / K_I")
+    gain: float = Field(default=1.0, gt=0, description="step size of the logarithm of the factor")
+    lead: float = Field(default=0.5, ge=0, description="measurements to look ahead while the drift rises")
     on_violation: Literal["warn", "stop"] = Field(
         default="warn", description="where the last drift is above max_drift: note it, or keep no adapter"
     )

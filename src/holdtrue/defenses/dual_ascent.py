@@ -18,18 +18,19 @@ class Dual(NamedTuple):
 class DualAscent:
     """The rule for a constraint ``value <= target``, with the relative error e_k = value_k / target − 1:
 
-    log m_{k+1} = clip(log m_k + gain * (e_k + lead * (e_k − e_{k−1})), log lowest, log highest)
+    log m_{k+1} = clip(log m_k + gain * (e_k + lead * max(0, e_k − e_{k−1})), log lowest, log highest)
 
     With ``lead`` 0 this is dual ascent by multiplicative steps (mirror ascent with the entropy, projected). ``lead``
     looks ahead by so many measurements along a straight line, against the delay between a multiplier and what comes of
-    it. In the words of PID-Lagrangian methods (Stooke et al. 2020, arXiv 2007.03964), on log m: K_I = ``gain`` and
-    K_P = ``gain * lead``. The projection is on m itself, so that no integral winds up at a bound.
+    it; only while the value rises, which is how PID-Lagrangian methods (Stooke et al. 2020, arXiv 2007.03964) use their
+    derivative: at a run's end a value above its target costs more than one below. The projection is on m itself, so
+    that no integral winds up at a bound.
 
     Errors are cut to −1 to 1, and one step changes m by a factor of ``LARGEST_FACTOR`` at most.
 
     Args:
         gain: step size. The rule knows no unit, so it does not depend on the scales of value and multiplier.
-        lead: measurements to look ahead, at least 0.
+        lead: measurements to look ahead while the value rises, at least 0.
         lowest, highest: bounds on m, 0 < lowest <= highest; or both 0, which holds m at 0.
     """
 
@@ -50,6 +51,6 @@ class DualAscent:
         if self.highest == 0.0:
             return Dual(0.0, error)
         cap = math.log(self.LARGEST_FACTOR)
-        change = self.gain * (error + self.lead * (error - state.error))
+        change = self.gain * (error + self.lead * max(0.0, error - state.error))
         moved = state.multiplier * math.exp(min(max(change, -cap), cap))
         return Dual(min(max(moved, self.lowest), self.highest), error)
