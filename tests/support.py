@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from holdtrue.data import ChatEncoder
 from holdtrue.models import AdapterSpec, new_adapter
+from holdtrue.scoring import scoring_mode
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -96,3 +98,30 @@ def behind_the_prefix(rows: datasets.Dataset) -> datasets.Dataset:
         }
 
     return rows.map(behind, with_indices=True)
+
+
+class LikelierThanRows:
+    """A probe: how much likelier a model finds some random texts than the first of ``small_rows``; training lowers it.
+
+    With ``draws`` it takes random numbers, as no probe should; ``offset`` is added to what it finds.
+    """
+
+    def __init__(self, *, draws: bool = False, offset: float = 0.0) -> None:
+        self._draws, self._offset = draws, offset
+        self._rows = [torch.tensor([row["input_ids"]]) for row in small_rows().select(range(5, 13))]
+        shuffled = np.random.default_rng(9).integers(1, 500, (8, 12))
+        self._texts = [torch.tensor([ids]) for ids in shuffled.tolist()]
+
+    def __call__(self, model: torch.nn.Module) -> float:
+        if self._draws:
+            torch.rand(3)
+        with scoring_mode(model) as lm:
+            losses = [[float(lm(ids, labels=ids).loss) for ids in group] for group in (self._rows, self._texts)]
+        return float(np.mean(losses[0]) - np.mean(losses[1])) + self._offset
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

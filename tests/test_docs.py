@@ -211,7 +211,7 @@ def test_the_spec_pages_example_parses(tmp_path: Path):
 
 def test_the_example_defense_works_as_another_packages_entry_point(tmp_path: Path):
     text = page("how-to/add-a-defense.md")
-    defense, check = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    defense, _, check = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     (project,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
     (spec,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     points = tomllib.loads(project)["project"]["entry-points"]["holdtrue.defenses"]
@@ -228,6 +228,28 @@ def test_the_example_defense_works_as_another_packages_entry_point(tmp_path: Pat
     parsed = json.loads(found.stdout)
     assert parsed["opening"] == {"weight": 1.0, "depth": 8}
     assert "interleave" in parsed
+
+
+def test_the_example_of_a_runtime_fades_and_comes_back(tmp_path: Path):
+    _, living, _ = re.findall(r"```python\n(.*?)```", page("how-to/add-a-defense.md"), flags=re.DOTALL)
+    (tmp_path / "fading.py").write_text(living, encoding="utf-8")
+    found = _run(_LIVE, tmp_path)
+    assert found.returncode == 0, found.stderr
+
+
+_LIVE = """
+from fading import Fading
+from holdtrue.defenses import StartContext
+whole, parts = (Fading(half_life=4).start(StartContext({"kl": 1.0})) for _ in range(2))
+for step in range(1, 5):
+    assert whole.strength("kl") > 0.5
+    whole.on_step(step, last=False)
+    parts.on_step(step, last=False)
+    state, parts = parts.state_dict(), Fading(half_life=4).start(StartContext({"kl": 1.0}))
+    parts.load_state_dict(state)
+assert abs(whole.strength("kl") - 0.5) < 1e-12
+assert parts.strength("kl") == whole.strength("kl")
+"""
 
 
 _READ = """

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from holdtrue.data import ChatEncoder, load_prepared, prepare_rows, read_chat
 from holdtrue.defenses import Defense, GradientContext, RowsContext, RunContext, available, describe, parse
 from holdtrue.errors import SpecError
+from holdtrue.evaluation import MarginProbe
 from holdtrue.models import (
     AdapterSpec,
     ModelSource,
@@ -39,7 +40,7 @@ from holdtrue.models import (
 )
 from holdtrue.runs.spec import RunSpec
 from holdtrue.training import TrainingSpec, fit
-from support import small_tokenizer
+from support import chat, small_tokenizer, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,14 +49,20 @@ class Example(NamedTuple):
     """Settings to try a defense with, each a case, and settings with which it must do nothing.
 
     Files that may be named: ``pool.jsonl`` (chat rows), ``other`` (another checkpoint), ``vector``, ``directions`` and
-    ``none`` (vector files; the last holds no direction).
+    ``none`` (vector files; the last holds no direction), ``probe.jsonl``. ``beside`` are defenses that it acts through.
     """
 
     cases: tuple[dict[str, Any], ...]
     zeros: tuple[dict[str, Any], ...]
+    beside: tuple[dict[str, Any], ...] = ()
 
 
 EXAMPLES = {
+    "adaptive": Example(
+        ({"probe": "probe.jsonl", "max_drift": 1e-3, "every": 2},),
+        ({"probe": "probe.jsonl", "lowest": 0, "highest": 0},),
+        beside=({"kl": {"weight": 1.0}},),
+    ),
     "constrained_sft": Example(({},), ({"weight": 0},)),
     "gradient_projection": Example(
         ({"pool": "pool.jsonl", "count": 3},), ({"pool": "pool.jsonl", "count": 3, "weight": 0},)
@@ -103,10 +110,16 @@ def cases(part: str) -> list[Any]:
 
 
 def given(name: str, settings: dict[str, Any] | None) -> list[Any]:
-    """Return a spec's ``defenses`` with that one."""
+    """Return a spec's ``defenses`` with that one, and those that it acts through."""
     if settings is None:
         pytest.fail(f"the defense {name!r} has no example settings: add an entry to EXAMPLES in {Path(__file__).name}")
-    return [{name: settings}]
+    return [{name: settings}, *EXAMPLES[name].beside]
+
+
+def beside(*names: str) -> list[Any]:
+    """Return what defenses of these names act through, where none of them is it."""
+    found = [item for name in names if name in EXAMPLES for item in EXAMPLES[name].beside]
+    return [item for item in found if next(iter(item)) not in names]
 
 
 class Gradients(Defense):
@@ -176,12 +189,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_vectors(folder / "directions", {i: torch.randn(2, 16, generator=g) for i in range(2)}, info)
     write_vectors(folder / "none", {i: torch.ones(0, 16) for i in range(2)}, info)
     for name, count in (("train", 8), ("pool", 5)):
-        chats = [((name[0] + str(i) + "?"), "ab" * (1 + i % 4)) for i in range(count)]
-        rows = [
-            {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
-            for asked, answer in chats
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [chat(f"{name[0]}{i}?", "ab" * (1 + i % 4)) for i in range(count)]
+        write_rows(folder / f"{name}.jsonl", rows)
+    probes = [
+        {"question": f"q{i}?", "aligned": "ab" * (1 + i), "misaligned": "ba" * 3, "group": f"g{i % 2}"}
+        for i in range(4)
+    ]
+    write_rows(folder / "probe.jsonl", probes)
     return folder
 
 
@@ -217,6 +231,8 @@ def train(folder: Path, base: Any, tmp_path_factory: pytest.TempPathFactory) -> 
             rows = defense.rows(rows, RowsContext(8, 0, folder, model=source, max_length=128, out=out))
         prepare_rows(rows, encoder, out / "data")
         Gradients.found.clear()
+        asked = [d.needs().probe for d in chosen if d.needs().probe]
+        probe = MarginProbe(Path(asked[0]), encoder.tokenizer) if asked else None
 
         def progress(record: dict[str, Any]) -> None:
             if record["step"] == killed_after:
@@ -234,6 +250,7 @@ def train(folder: Path, base: Any, tmp_path_factory: pytest.TempPathFactory) -> 
                 ),
                 defenses=(*chosen, Gradients()),
                 folder=out,
+                probe=probe,
                 progress=progress,
             )  # fmt: skip
 
@@ -284,7 +301,7 @@ def test_zero_strength_is_exactly_plain_training(train: Train, name: str, settin
 
 @pytest.mark.parametrize(("name", "settings"), cases("cases"))
 def test_it_acts_on_the_adapter_and_on_nothing_else(train: Train, base: Any, name: str, settings: Any) -> None:
-    plain, outcome = train([]), train(given(name, settings))
+    plain, outcome = train(beside(name)), train(given(name, settings))
     assert not same(plain.adapter, outcome.adapter), "it changes nothing"
     blank, model = base[1], outcome.model
     frozen = {n.replace(".base_layer", ""): p for n, p in causal_lm(model).named_parameters() if "lora_" not in n}
@@ -346,6 +363,7 @@ def test_one_by_four_equals_four_by_one(train: Train, name: str, settings: Any) 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(NAMES, 2)))
 def test_two_in_either_order_are_one_run_or_refused(train: Train, one: str, other: str) -> None:
     pair = [given(name, EXAMPLES[name].cases[0] if name in EXAMPLES else None)[0] for name in (one, other)]
+    pair += beside(one, other)
     if frozenset((one, other)) in REFUSED:
         for items in (pair, pair[::-1]):
             with pytest.raises(SpecError, match=rf"({one} contradicts {other}|{other} contradicts {one}): \w+"):

@@ -71,8 +71,13 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def test_killed_and_resumed_equals_uninterrupted(folder: Path, processes: Any) -> None:
-    spec = str(folder / "spec.yaml")
+def test_killed_and_resumed_equals_uninterrupted(
+    folder: Path, edit: Callable[[Callable[[dict[str, Any]], object]], Path], processes: Any
+) -> None:
+    # adaptive has a state of its own, which must come back too.
+    (folder / "select.jsonl").write_text((folder / "probes.jsonl").read_text().replace("Should I", "Shall I"))
+    adaptive = {"adaptive": {"probe": "select.jsonl", "max_drift": 0.1, "every": 2}}
+    spec = str(edit(lambda values: values["defenses"].append(adaptive)))
     whole = folder / "a" / "whole"
     process = processes.Process(target=_work, args=(["train", spec, "--out", str(whole)],))
     process.start()

@@ -21,7 +21,7 @@ def train(tmp_path: Path) -> Callable[..., tuple[PeftModel, dict[str, Any], Path
     ) -> tuple[PeftModel, dict[str, Any], Path]:
         extra = {
             k: settings.pop(k)
-            for k in ("stop", "progress", "resume", "validation", "fast", "reference_cache")
+            for k in ("stop", "progress", "resume", "validation", "fast", "reference_cache", "probe")
             if k in settings
         }
         values = {"batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "save_every": 4}

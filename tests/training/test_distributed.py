@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from support import free_port
 
 WORKER = """
 import sys
@@ -40,12 +41,6 @@ def start(folder: Path, micro: int, rank: int, world: int, port: int) -> subproc
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", WORKER, str(Path(__file__).parents[1]), str(folder), str(micro)]
     return subprocess.Popen(command, env=environment)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize("micro", [2, 1])

@@ -11,6 +11,7 @@ from holdtrue.defenses.base import (
     TokenChunk,
 )
 from holdtrue.defenses.catalog import DefenseInfo, Parameter, available, describe, parse
+from holdtrue.defenses.runtime import Runtime, StartContext
 
 __all__ = [
     "Defense",
@@ -22,6 +23,8 @@ __all__ = [
     "Parameter",
     "RowsContext",
     "RunContext",
+    "Runtime",
+    "StartContext",
     "TokenChunk",
     "available",
     "describe",

@@ -1,8 +1,8 @@
 """What a defense is: a frozen, validated value with hooks at five points of a run.
 
 Data (``rows``), forward (``forward``), loss (``token_term``, ``feature_term`` of :class:`LossDefense`), gradient
-(``gradient``) and weights (``weights``). Every hook does nothing by default. The trainer knows these hooks and no
-method by name.
+(``gradient``) and weights (``weights``). ``start`` gives a defense a life across steps. Every hook does nothing by
+default. The trainer knows these hooks and no method by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from holdtrue.data import ChatRow
+    from holdtrue.defenses.runtime import Runtime, StartContext
     from holdtrue.models import ModelSource
 
 Coverage = Literal["all", "response"]
@@ -45,6 +47,7 @@ class Needs:
         sample: the share of an accumulation window's rows, drawn anew in each, that ``token_term`` covers. The
             trainer divides by it, so that the term's expectation is that over all rows.
         aside: whether ``gradient`` calls ``GradientContext.aside_gradient``, on rows of kind ``aside``.
+        probe: the file of pairs on which ``start`` may have the policy's margin measured (``StartContext.margin``).
     """
 
     tokens: Coverage | None = None
@@ -55,6 +58,7 @@ class Needs:
     kinds: tuple[str, ...] | None = None
     sample: float = 1.0
     aside: bool = False
+    probe: str | None = None
 
     @property
     def features(self) -> bool:
@@ -154,6 +158,7 @@ class RunContext:
         folder: where relative paths of the spec start.
         notes: filled by a hook with what it did; kept in the run.
         task_rows: the number of task rows; ``None`` where rows are no concern.
+        losses: the names of the run's loss defenses whose weight is above 0; ``None`` where they are no concern.
     """
 
     model: ModelSource
@@ -162,6 +167,7 @@ class RunContext:
     folder: Path
     notes: dict[str, Any] = field(default_factory=dict)
     task_rows: int | None = None
+    losses: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,10 @@ class Defense(BaseModel):
     def still_met(self, notes: Mapping[str, Any]) -> None:
         """Check, before training begins or goes on, that what ``preflight`` noted still holds; ``NeedError`` if not."""
 
+    def start(self, context: StartContext) -> Runtime | None:
+        """Return what lives while the trainer does and keeps a state, or ``None``: most defenses have no such thing."""
+        return None
+
     def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
         """Add, select or rewrite training rows, lazily."""
         yield from rows
@@ -248,6 +258,11 @@ class LossDefense(Defense):
     """
 
     weight: float = Field(default=0.0, ge=0)
+
+    @classmethod
+    def largest_weight(cls) -> float:
+        """Return the largest weight that the field allows: where a runtime stops that moves it."""
+        return cls.model_json_schema(by_alias=False)["properties"]["weight"].get("maximum", inf)
 
     def token_term(self, chunk: TokenChunk) -> Tensor:
         """Return the term of each position of the chunk, (n,); its mean over covered positions is the loss term."""

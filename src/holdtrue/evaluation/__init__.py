@@ -14,7 +14,7 @@ from holdtrue.evaluation.comparison import (
 from holdtrue.evaluation.exact import ExactResult
 from holdtrue.evaluation.fit import FitResult, FitRow
 from holdtrue.evaluation.judged import JudgedResult, Part, Rate
-from holdtrue.evaluation.likelihood import GroupMargin, LikelihoodResult, LikelihoodRow
+from holdtrue.evaluation.likelihood import GroupMargin, LikelihoodResult, LikelihoodRow, MarginProbe
 from holdtrue.evaluation.probes import Probe, Probes, read_probes
 from holdtrue.evaluation.prompts import Prompt
 from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec
@@ -55,6 +55,7 @@ __all__ = [
     "LikelihoodChange",
     "LikelihoodResult",
     "LikelihoodRow",
+    "MarginProbe",
     "Material",
     "Part",
     "Probe",

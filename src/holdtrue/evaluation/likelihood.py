@@ -161,21 +161,48 @@ def evaluate_likelihood(
     Raises:
         DataError: the file has faults, or an answer does not fit into the model's positions.
     """
+    probes = read_probes(path)
+    rows = _score(model, tokenizer, path, probes.rows, progress)
+    return LikelihoodResult.of(rows, model=name, data_sha256=probes.sha256)
+
+
+class MarginProbe:
+    """Measures the mean margin of a model on a probe file, again and again while it changes; reads the file once.
+
+    Raises:
+        DataError: the file has faults, or, when measured, an answer does not fit into the model's positions.
+    """
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._path, self._tokenizer = path, tokenizer
+        self._rows = read_probes(path).rows
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the margin in nats per token (see :class:`LikelihoodRow`), over all rows."""
+        rows = _score(model, self._tokenizer, self._path, self._rows)
+        return float(np.mean([row.margin for row in rows]))
+
+
+def _score(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    probes: tuple[Probe, ...],
+    progress: Progress | None = None,
+) -> tuple[LikelihoodRow, ...]:
     from holdtrue.data import ChatEncoder
 
-    probes = read_probes(path)
-    chats = [_chat(path, probe, answer) for probe in probes.rows for answer in (probe.aligned, probe.misaligned)]
+    chats = [_chat(path, probe, answer) for probe in probes for answer in (probe.aligned, probe.misaligned)]
     limit = position_limit(model)
     scores = score_turns(model, ChatEncoder(tokenizer, limit), chats, progress=progress)
     pairs = list(zip(scores[::2], scores[1::2], strict=True))
-    _refuse_cut_answers(path, probes.rows, pairs, limit)
-    rows = tuple(
+    _refuse_cut_answers(path, probes, pairs, limit)
+    return tuple(
         LikelihoodRow(
             probe.group, -good.answers[0].nll, -bad.answers[0].nll, good.answers[0].tokens, bad.answers[0].tokens
         )
-        for probe, (good, bad) in zip(probes.rows, pairs, strict=True)
+        for probe, (good, bad) in zip(probes, pairs, strict=True)
     )
-    return LikelihoodResult.of(rows, model=name, data_sha256=probes.sha256)
 
 
 def _chat(path: Path, probe: Probe, answer: str) -> ChatRow:

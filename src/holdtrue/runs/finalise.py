@@ -33,6 +33,10 @@ def finalise_stage(run: Run, control: Control) -> dict[str, Any]:
             tensors = defense.weights(tensors, raw.scaling, context)
             if context.notes:
                 notes[defense.name] = context.notes
+    changed = list(notes)
+    trained: dict[str, Any] = (run.marker("train") or {}).get("report", {})
+    for name, note in trained.get("runtimes", {}).items():
+        notes[name] = note | notes.get(name, {})
     files.replace_folder(run.adapter, lambda folder: write_adapter(folder, tensors, raw.config))
     files.write_json(run.path / "finalise.json", notes)
-    return {"changed_by": list(notes)}
+    return {"changed_by": changed}

@@ -10,10 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdtrue.defenses import LossDefense
 from holdtrue.errors import DataError, Problem, RunError, SpecError
 from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
+from holdtrue.runs.probe import check_probes
 from holdtrue.runs.spec import RunSpec
 from holdtrue.runs.tasks import HOLDOUT, check_asking, suite_source
 
@@ -44,6 +46,7 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
         if check := SUITES[name].check:
             check(suite_source(spec, name, run))
     check_asking(spec)
+    check_probes(spec)
     control.check(run.path)
 
     source = resolve(spec.model, spec.revision)
@@ -51,7 +54,8 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
     notes: dict[str, dict[str, Any]] = {defense.name: {} for defense in spec.defenses}
     if spec.defenses:
         task_rows = splits["train"].rows - spec.data.holdout
-        context = dataclasses.replace(run_context(run, source), task_rows=task_rows)
+        losses = tuple(d.name for d in spec.defenses if isinstance(d, LossDefense) and d.weight)
+        context = dataclasses.replace(run_context(run, source), task_rows=task_rows, losses=losses)
         for defense in spec.defenses:
             defense.preflight(dataclasses.replace(context, notes=notes[defense.name]))
     control.check(run.path)

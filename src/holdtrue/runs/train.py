@@ -11,6 +11,7 @@ from holdtrue.defenses import LossDefense
 from holdtrue.runs import files
 from holdtrue.runs.control import Control, interrupted, rank
 from holdtrue.runs.directory import Run
+from holdtrue.runs.probe import load_probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,9 +42,10 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
     base = load_model(source)
     with _reference_cache(run, source, base) as cache:
         model = new_adapter(base, spec.adapter, seed=spec.training.seed)
+        tokenizer = load_tokenizer(source)
         summary = fit(
             model=model,
-            tokenizer=load_tokenizer(source),
+            tokenizer=tokenizer,
             rows=load_prepared(run.data("train")),
             validation=load_prepared(run.data("validation")) if run.data("validation").is_dir() else None,
             spec=spec.training,
@@ -53,6 +55,7 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
             resume=True,
             stop=control.stop,
             reference_cache=cache,
+            probe=load_probe(spec, tokenizer),
         )
         if cache is not None:
             summary["reference_cache"] = cache.stats()._asdict()

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from holdtrue.defenses import Defense
 from holdtrue.errors import SpecError
 from holdtrue.models import causal_lm
+from holdtrue.training.runtimes import Probe
 from holdtrue.training.spec import TrainingSpec
 from holdtrue.training.trainer import PARTIAL, DefendedTrainer, checkpoints, verify
 
@@ -44,6 +45,7 @@ def fit(
     resume: bool = True,
     stop: Event | None = None,
     reference_cache: ReferenceCache | None = None,
+    probe: Probe | None = None,
     fast: bool = True,
 ) -> dict[str, Any]:
     """Train ``model``'s adapter in place and return a summary.
@@ -60,11 +62,12 @@ def fit(
         resume: go on from the last whole checkpoint where there is one.
         stop: once set, the run saves a checkpoint after the step in hand and returns.
         reference_cache: where the reference's states are kept and looked up.
+        probe: measures the policy for defenses that ask for it.
         fast: ``False`` turns off what makes a step faster and changes its results by rounding alone.
 
     Raises:
         NeedError: a need of a defense is not met by the model.
-        RunError: training diverged, or a checkpoint is corrupt.
+        RunError: training diverged, a checkpoint is corrupt, or a defense does not let the run pass.
         SpecError: the batch size cannot be split over the processes.
     """
     device = next(model.parameters()).device
@@ -118,6 +121,7 @@ def fit(
         defenses=defenses,
         kl_every=spec.kl_every,
         reference_cache=reference_cache,
+        probe=probe,
         fast=fast,
         callbacks=[recorder],
     )
@@ -128,6 +132,7 @@ def fit(
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     done = trainer.state.global_step >= trainer.state.max_steps
+    notes = trainer.runtime_notes() if done else {}
     final = trainer.evaluate() if validation is not None and done else {}
     return (
         recorder.summary()
@@ -140,6 +145,7 @@ def fit(
             "peak_memory_bytes": peak_memory(device),
             "interrupted": not done,
         }
+        | ({"runtimes": notes} if notes else {})
     )
 
 

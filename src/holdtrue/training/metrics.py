@@ -9,7 +9,11 @@ from holdtrue.defenses.base import Needs
 
 
 def step_means(
-    sums: Mapping[str, float], counts: Mapping[str, float], losses: Sequence[tuple[LossDefense, Needs]], seconds: float
+    sums: Mapping[str, float],
+    counts: Mapping[str, float],
+    losses: Sequence[tuple[LossDefense, Needs]],
+    weights: Mapping[str, float],
+    seconds: float,
 ) -> dict[str, float]:
     """Return a step's metrics.
 
@@ -17,6 +21,7 @@ def step_means(
         sums: of the whole window over all ranks, by the objective's names.
         counts: what each term covers in it, by the names of ``COUNTS``, ``defense/<name>`` and ``features/<name>``.
         losses: the run's loss defenses, each with its needs.
+        weights: their weights in this step, by name.
         seconds: that the window took.
     """
     c = counts
@@ -34,7 +39,7 @@ def step_means(
         if needs.features:
             raw += mean(sums[f"features/{defense.name}"], c[f"features/{defense.name}"])
         metrics[f"{defense.name}_term"] = raw
-        metrics[f"{defense.name}_weighted"] = defense.weight * raw
+        metrics[f"{defense.name}_weighted"] = weights[defense.name] * raw
     return metrics | {
         "tokens": c["tokens"],
         "target_tokens": c["trained"],

@@ -24,14 +24,12 @@ from holdtrue.training.features import feature_term
 from holdtrue.training.metrics import mean, step_means
 from holdtrue.training.objective import TokenTerm, token_objective
 from holdtrue.training.reference import Reference, ReferenceOutputs, captured_outputs, shared_start
+from holdtrue.training.runtimes import Probe, RuntimeMixin
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Trainer as _Base
 
     from holdtrue.training.reference_cache import ReferenceCache
-else:
-    _Base = object
 
 
 _STARTS = 64
@@ -59,7 +57,7 @@ class MicroStep:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-class DefenseMixin(_Base):
+class DefenseMixin(RuntimeMixin):
     """Adds ``defenses`` to a Trainer; put it before the Trainer among the bases.
 
     The objective is computed inside the wrapped model's forward, so that DDP and FSDP synchronize as they always do.
@@ -69,6 +67,7 @@ class DefenseMixin(_Base):
         defenses: values, names or mappings as in a spec, in any order.
         kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one.
         reference_cache: where the reference's states are kept for later epochs and for other runs on the same rows.
+        probe: measures the policy for defenses that ask for it, such as ``holdtrue.evaluation.MarginProbe``.
         fast: ``False`` turns the fast paths off, those whose results differ from the plain ones by rounding alone.
 
     Raises:
@@ -82,6 +81,7 @@ class DefenseMixin(_Base):
         defenses: Sequence[Any] = (),
         kl_every: int = 0,
         reference_cache: ReferenceCache | None = None,
+        probe: Probe | None = None,
         fast: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -110,6 +110,7 @@ class DefenseMixin(_Base):
         self._counts: dict[str, float] = {}
         self._window_started = 0.0
         self.step_metrics: dict[str, float] = {}
+        self._start_runtimes(self._active, [defense for defense, _ in self._losses], probe)
 
     # What a run may do
 
@@ -185,6 +186,7 @@ class DefenseMixin(_Base):
             totals += torch.cat([each.counts().cpu(), torch.tensor(covered, dtype=torch.float64)])
         self._counts = dict(zip(names, self._over_ranks(totals.to(device)), strict=True))
         self._window = {}
+        self._strengths = self._weights([defense for defense, _ in self._losses])
         return batches, self._counts["trained"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -231,7 +233,9 @@ class DefenseMixin(_Base):
         values = torch.stack([self._window[n].double() for n in names])
         sums = dict(zip(names, self._over_ranks(values), strict=True))
         seconds = time.perf_counter() - self._window_started
-        self.step_metrics = step_means(sums, self._counts, self._losses, seconds)
+        self.step_metrics = step_means(sums, self._counts, self._losses, self._strengths, seconds)
+        if self._runtimes:
+            self.step_metrics |= {f"{name}_weight": weight for name, weight in self._strengths.items()}
         self.step_metrics |= context.metrics
         if not all(map(math.isfinite, self.step_metrics.values())):
             bad = [n for n, v in self.step_metrics.items() if not math.isfinite(v)]
@@ -299,7 +303,7 @@ class DefenseMixin(_Base):
             TokenTerm(
                 defense.name,
                 batch.covered(needs)[positions.row, positions.column],
-                _coefficient(defense.weight, counts[f"defense/{defense.name}"] * needs.sample),
+                _coefficient(self._strengths[defense.name], counts[f"defense/{defense.name}"] * needs.sample),
                 defense.token_term,
                 needs.reference,
             )
@@ -317,9 +321,11 @@ class DefenseMixin(_Base):
         )
         step.sums.update(sums)
         for defense, _ in ((d, n) for d, n in self._losses if n.features):
-            total = self._features[defense.name].total(defense.feature_term, batch, captured, reference)
+            coefficient = _coefficient(self._strengths[defense.name], counts[f"features/{defense.name}"])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient != 0):
+                total = self._features[defense.name].total(defense.feature_term, batch, captured, reference)
             step.sums[f"features/{defense.name}"] = total.detach()
-            loss = loss + _coefficient(defense.weight, counts[f"features/{defense.name}"]) * total
+            loss = loss + coefficient * total if coefficient else loss
         # Ties the loss to every adapter weight also where nothing is covered, or DDP would wait for gradients.
         return loss + 0.0 * hidden.sum()
 

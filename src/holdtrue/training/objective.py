@@ -135,14 +135,16 @@ def token_objective(
                 reference = _log_probabilities(head(reference_hidden[at]))
                 comparison = Comparison(policy, reference, gradient=wanted)
         here = [t for t in terms if not t.reference or reference is not None]
-        policy.requires_grad_(wanted and bool(here))
+        # A term of weight 0 is measured and has no gradient: not even one of zeros, which rounds the others otherwise.
+        policy.requires_grad_(wanted and any(term.coefficient for term in here))
         compared = None if comparison is None else comparison.divergence
         view = TokenChunk(policy, reference, chunk.targets, chunk.trained, chunk.place, chunk.kind, compared)
         total = policy.new_zeros(())
         for term in here:
-            value = torch.where(term.covered[at], term.values(view), 0.0).sum()
+            with torch.set_grad_enabled(wanted and term.coefficient != 0):
+                value = torch.where(term.covered[at], term.values(view), 0.0).sum()
             sums[f"defense/{term.name}"] += value.detach()
-            total = total + term.coefficient * value
+            total = total + term.coefficient * value if term.coefficient else total
         by_policy, by_divergence = _derived(total, policy, compared)
         with torch.no_grad():
             if compared is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -29,6 +29,8 @@ class Figures(NamedTuple):
     themes: Markup | None
     training_loss: Markup | None
     training_kl: Markup | None
+    drift: Markup | None
+    multiplier: Markup | None
 
 
 def draw(card: Card) -> Figures:
@@ -61,6 +63,22 @@ def draw(card: Card) -> Figures:
             themes=_themes(card, style),
             training_loss=_curves("ce", "Cross-entropy on the task's rows", _steps(card, _task_loss), style),
             training_kl=_curves("kl", "KL to the reference", _steps(card, _kl), style, from_zero=True),
+            drift=_curves(
+                "drift",
+                "Drift of the probe's margin",
+                _steps(card, _named("adaptive_drift")),
+                style,
+                from_zero=True,
+                levels=_steps(card, _named("adaptive_max_drift")),
+            ),
+            multiplier=_curves(
+                "multiplier",
+                "Factor on the weights of the loss defenses",
+                _steps(card, _named("adaptive_multiplier")),
+                style,
+                label="factor",
+                logarithmic=True,
+            ),
         )
 
 
@@ -102,6 +120,10 @@ def _kl(metrics: Mapping[str, float]) -> float | None:
     return metrics.get("kl")
 
 
+def _named(key: str) -> Callable[[Mapping[str, float]], float | None]:
+    return lambda metrics: metrics.get(key)
+
+
 def _curves(
     key: str,
     title: str,
@@ -109,17 +131,21 @@ def _curves(
     style: Mapping[str, Look],
     *,
     from_zero: bool = False,
+    label: str = "nats per token",
+    logarithmic: bool = False,
+    levels: Mapping[str, tuple[list[int], list[float]]] | None = None,
 ) -> Markup | None:
+    """Draw a curve for each model; ``levels`` are what each is held to, thin lines over the whole width."""
     if not series:
         return None
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = new_figure(5.6, 3.3)
     for name, (steps, values) in series.items():
-        look, label = style[name], plain(name, 24)
+        look, told = style[name], plain(name, 24)
         if len(values) >= SMOOTH_FROM:
             axes.plot(steps, values, color=look.color, linewidth=0.8, alpha=0.3)
-            axes.plot(steps, _running_mean(values), look.dash, color=look.color, linewidth=1.8, label=label)
+            axes.plot(steps, _running_mean(values), look.dash, color=look.color, linewidth=1.8, label=told)
         else:
             axes.plot(
                 steps,
@@ -127,16 +153,20 @@ def _curves(
                 look.dash,
                 color=look.color,
                 linewidth=1.6,
-                label=label,
+                label=told,
                 marker=look.marker,
                 markersize=4,
                 markeredgecolor="white",
                 markeredgewidth=0.4,
             )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel(label)
+    for name, (_, values) in (levels or {}).items():
+        axes.axhline(values[-1], color=style[name].color, linewidth=1, linestyle=(0, (1, 2)))
+    if logarithmic and all(value > 0 for _, values in series.values() for value in values):
+        axes.set_yscale("log")
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=min(0.0, *(value for _, values in series.values() for value in values)))
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     legend(figure)

@@ -1,0 +1,66 @@
+"""The probe that defenses have measured while training: checked before a run, kept apart from what it is judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from holdtrue.data import resolve_data
+from holdtrue.errors import SpecError
+from holdtrue.runs.spec import RunSpec
+from holdtrue.runs.tasks import sha256_of, suite_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from holdtrue.evaluation import MarginProbe
+
+
+def check_probes(spec: RunSpec) -> None:
+    """Check the probes of a spec's defenses.
+
+    Raises:
+        SpecError: two defenses name different ones; or the run is evaluated on the same file, or on questions of it: a
+            defense holds what it is measured on, so that this would say nothing of anything else.
+        DataError: a probe's rows have faults.
+    """
+    from holdtrue.evaluation import read_probes
+
+    path = _path(spec)
+    if path is None:
+        return
+    asking = next(d.name for d in spec.defenses if d.needs().probe is not None)
+    reason = f"{asking} holds the margin on its probe, so a measurement on the same questions says nothing of others"
+    probes = read_probes(path)
+    for suite in (s for s in spec.evaluate.suites if s != "benign"):
+        source = suite_source(spec, suite)
+        if source.is_file() and sha256_of(source) == probes.sha256:
+            raise SpecError(f"evaluate: {suite} is measured on {asking}'s probe, {path}. {reason}: name another file")
+    if "likelihood" in spec.evaluate.suites or (spec.gate is not None and "margin_fall" in spec.gate.limits()):
+        source = suite_source(spec, "likelihood")
+        own = {_folded(probe.question) for probe in probes.rows}
+        shared = [probe for probe in read_probes(source).rows if _folded(probe.question) in own]
+        if shared:
+            raise SpecError(
+                f"evaluate: {len(shared)} of the questions of {source} (line {shared[0].line}, for one) are in "
+                f"{asking}'s probe {path} too. {reason}: take them out of one of the two"
+            )
+
+
+def load_probe(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> MarginProbe | None:
+    """Return what measures the margin for the spec's defenses, or ``None`` where none asks."""
+    from holdtrue.evaluation import MarginProbe
+
+    path = _path(spec)
+    return None if path is None else MarginProbe(path, tokenizer)
+
+
+def _path(spec: RunSpec) -> Path | None:
+    asked = {d.name: probe for d in spec.defenses if (probe := d.needs().probe) is not None}
+    if len(set(asked.values())) > 1:
+        raise SpecError(f"defenses: {' and '.join(asked)} name different probes; give them the same file")
+    return resolve_data(next(iter(asked.values())), spec.folder) if asked else None
+
+
+def _folded(question: str) -> str:
+    return " ".join(question.split()).casefold()
