@@ -305,6 +305,7 @@ class DefenseMixin(_Base):
             terms=terms,
             reference_hidden=None if reference is None else reference.hidden,
             vocabulary=self._vocabulary,
+            fast=self.fast,
         )
         step.sums.update(sums)
         examples = batch.mask.any(1)
@@ -348,6 +349,7 @@ class DefenseMixin(_Base):
                         terms=[divergence],
                         reference_hidden=reference,
                         vocabulary=self._vocabulary,
+                        fast=self.fast,
                     )
                     loss.backward()
             return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
@@ -381,6 +383,7 @@ class DefenseMixin(_Base):
                         ce_coefficient=0.0,
                         reference_hidden=self._reference.outputs(batch, batch.response).hidden,
                         vocabulary=self._vocabulary,
+                        fast=self.fast,
                     ).sums
                     zero = totals.new_zeros(())
                     counts = batch.counts()
