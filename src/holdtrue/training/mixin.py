@@ -21,7 +21,7 @@ from holdtrue.scoring import final_hidden, output_head, scoring_mode
 from holdtrue.training.batch import COUNTS, Batch, draw_lots
 from holdtrue.training.fast_lora import fast_lora
 from holdtrue.training.metrics import mean, step_means
-from holdtrue.training.objective import TokenTerm, token_objective
+from holdtrue.training.objective import Positions, TokenResult, TokenTerm, token_objective
 from holdtrue.training.reference import Reference, ReferenceOutputs, captured_blocks, shared_start
 
 if TYPE_CHECKING:
@@ -297,15 +297,12 @@ class DefenseMixin(_Base):
             for defense, needs in self._losses
             if needs.tokens is not None
         ]
-        loss, sums = token_objective(
-            hidden[positions.row, positions.column],
-            self._head,
+        loss, sums = self._token_objective(
+            hidden,
             positions,
             ce_coefficient=_coefficient(1.0, counts["trained"]),
             terms=terms,
             reference_hidden=None if reference is None else reference.hidden,
-            vocabulary=self._vocabulary,
-            fast=self.fast,
         )
         step.sums.update(sums)
         examples = batch.mask.any(1)
@@ -322,6 +319,10 @@ class DefenseMixin(_Base):
             loss = loss + _coefficient(defense.weight, counts["examples"]) * total
         # Ties the loss to every adapter weight also where nothing is covered, or DDP would wait for gradients.
         return loss + 0.0 * hidden.sum()
+
+    def _token_objective(self, hidden: Tensor, positions: Positions, **more: Any) -> TokenResult:
+        at = hidden[positions.row, positions.column]
+        return token_objective(at, self._head, positions, vocabulary=self._vocabulary, fast=self.fast, **more)
 
     def _aside_gradient(self) -> dict[str, Tensor]:
         """Return the gradient of the mean KL to the reference over the answers of the rows kept aside."""
@@ -341,15 +342,9 @@ class DefenseMixin(_Base):
                 divergence = TokenTerm("kl", positions.response, 1 / count, lambda c: c.divergence, reference=True)
                 reference = self._reference.outputs(batch, batch.response).hidden
                 with self.compute_loss_context_manager(), fast_lora(self._policy, on=self.fast):
-                    loss, _ = token_objective(
-                        final_hidden(lm, batch.input_ids)[positions.row, positions.column],
-                        self._head,
-                        positions,
-                        ce_coefficient=0.0,
-                        terms=[divergence],
-                        reference_hidden=reference,
-                        vocabulary=self._vocabulary,
-                        fast=self.fast,
+                    hidden = final_hidden(lm, batch.input_ids)
+                    loss, _ = self._token_objective(
+                        hidden, positions, ce_coefficient=0.0, terms=[divergence], reference_hidden=reference
                     )
                     loss.backward()
             return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
@@ -376,15 +371,9 @@ class DefenseMixin(_Base):
                 for inputs in batches:
                     batch = Batch.of(self._prepare_inputs(inputs))
                     positions = batch.positions(batch.response)
-                    sums = token_objective(
-                        final_hidden(lm, batch.input_ids)[positions.row, positions.column],
-                        self._head,
-                        positions,
-                        ce_coefficient=0.0,
-                        reference_hidden=self._reference.outputs(batch, batch.response).hidden,
-                        vocabulary=self._vocabulary,
-                        fast=self.fast,
-                    ).sums
+                    hidden = final_hidden(lm, batch.input_ids)
+                    reference = self._reference.outputs(batch, batch.response).hidden
+                    _, sums = self._token_objective(hidden, positions, ce_coefficient=0.0, reference_hidden=reference)
                     zero = totals.new_zeros(())
                     counts = batch.counts()
                     totals += torch.stack(
