@@ -1,6 +1,6 @@
 """Measure speed and memory in turns, and print the ratios beside the bars they are held to.
 
-All figures are ratios taken within a round of one process, or between processes that take turns: seconds alone say
+All figures are ratios taken within a round, in which the ways take turns of one step or one process: seconds alone say
 little on a machine that does other things. Progress goes to stderr.
 """
 
@@ -78,7 +78,7 @@ def measure(keys: Sequence[str], runs: int, steps: int, seed: int, report: Repor
                 missing=without(times, found["missing"]),
                 workload=found["workload"],
                 floor=found.get("floor", {}),
-                raw={"seconds": found["raw"]},
+                raw={"seconds": found["raw"], "seconds_of_steps": found["steps"]},
             )
 
         rounds.measure(arms(times), runs=runs, steps=steps, seed=seed, save=save)

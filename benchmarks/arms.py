@@ -1,4 +1,4 @@
-"""The ways of training that are timed: each has a model of its own and trains the rows it is given for one epoch."""
+"""The ways of training that are timed: each has a model of its own and trains the batches that it makes of the rows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,37 @@ class MissingError(Exception):
 
 
 class Arm(Protocol):
-    """Trains ``rows`` for one epoch and returns the seconds between the epoch's begin and end."""
+    """A way of training.
 
-    def run(self, rows: Any, round_number: int) -> float: ...
+    ``batches`` splits an epoch's rows into those of each optimizer step, as the way's own loader does. ``run`` trains
+    some rows for one epoch and returns the seconds between the epoch's begin and end.
+    """
+
+    def batches(self, rows: Any, number: int) -> list[Any]: ...
+
+    def run(self, rows: Any) -> float: ...
+
+
+def grouped(rows: Any, number: int) -> list[Any]:
+    """Return an epoch's batches in the order of our own sampler, rows of like length together."""
+    from holdtrue.data.batching import WindowSampler
+
+    sampler = WindowSampler(rows["length"], batch_size=BATCH, micro_batch_size=BATCH)
+    sampler.set_epoch(number)
+    return [rows.select(indices) for indices in sampler]
+
+
+def shuffled(rows: Any, number: int) -> list[Any]:
+    """Return an epoch's batches in random order."""
+    order = list(range(len(rows)))
+    random.Random(number).shuffle(order)
+    return [rows.select(order[start : start + BATCH]) for start in range(0, len(order), BATCH)]
 
 
 class TrainerArm:
     """A ``transformers.Trainer`` whose own loop does the work; only the epoch is timed, not the making of the loop."""
 
-    def __init__(self, trainer: Any, order: Callable[[Any, int], Any] = lambda rows, _: rows) -> None:
+    def __init__(self, trainer: Any, split: Callable[[Any, int], list[Any]] = grouped) -> None:
         from transformers import PrinterCallback, TrainerCallback
 
         clock = self
@@ -40,20 +62,22 @@ class TrainerArm:
             def on_epoch_end(self, *_: Any, **__: Any) -> None:
                 clock.seconds = time.perf_counter() - clock.started
 
-        self.trainer, self.order = trainer, order
+        self.trainer, self.batches = trainer, split
         self.cache: Any = None
         self.started = self.seconds = 0.0
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Clock())
 
-    def run(self, rows: Any, round_number: int) -> float:
-        self.trainer.train_dataset = self.order(rows, round_number)
+    def run(self, rows: Any) -> float:
+        self.trainer.train_dataset = rows
         self.trainer.train()
         return self.seconds
 
 
 class NaiveArm:
     """The usual way to write the KL: a second model, full float32 logits of both, padded random batches."""
+
+    batches = staticmethod(shuffled)
 
     def __init__(self, weight: float = 1.0) -> None:
         import torch
@@ -66,15 +90,13 @@ class NaiveArm:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
-    def run(self, rows: Any, round_number: int) -> float:
+    def run(self, rows: Any) -> float:
         from holdtrue.data.batching import Collator
 
-        order = list(range(len(rows)))
-        random.Random(round_number).shuffle(order)
         collate = Collator(0)
         started = time.perf_counter()
-        for start in range(0, len(order), BATCH):
-            self.step(collate([rows[i] for i in order[start : start + BATCH]]))
+        for start in range(0, len(rows), BATCH):
+            self.step(collate([rows[i] for i in range(start, min(start + BATCH, len(rows)))]))
         return time.perf_counter() - started
 
     def step(self, batch: dict[str, Any]) -> None:
@@ -142,7 +164,7 @@ def trl(work: Workload, folder: Path) -> TrainerArm:
     seen = targets([[label != -100 for label in row] for row in trainer.train_dataset["labels"]])
     if seen != targets(work.rows["trained"]):
         raise RuntimeError(f"TRL trains {seen} targets of these rows, and holdtrue {targets(work.rows['trained'])}")
-    return TrainerArm(trainer, lambda rows, number: labeled(rows.shuffle(seed=number)))
+    return TrainerArm(trainer, lambda rows, number: shuffled(labeled(rows), number))
 
 
 def steering(work: Workload, folder: Path) -> TrainerArm:

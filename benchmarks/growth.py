@@ -134,7 +134,7 @@ def measure_piece(name: str, piece: Piece, sizes: Sequence[int]) -> dict[str, An
         seconds: dict[int, list[float]] = {size: [] for size in sizes}
         for repeat in range(REPEATS + 1):
             for size, (arm, rows) in made.items():
-                took = arm.run(rows, repeat)
+                took = arm.run(rows)
                 if repeat:
                     seconds[size].append(took)
                     say(f"growth: {name} {size}: {took:.3f} s")

@@ -64,9 +64,10 @@ def main() -> None:
     work = draw(BATCH, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         arm = build(options.arm, work, Path(folder))
-        arm.run(work.rows, 0)
+        (rows,) = arm.batches(work.rows, 0)
+        arm.run(rows)
         with profile(activities=[ProfilerActivity.CPU]) as seen:
-            seconds = arm.run(work.rows, 1)
+            seconds = arm.run(rows)
     events = {event.key: event for event in seen.key_averages()}
     times = {name: event.self_cpu_time_total / 1e6 for name, event in events.items()}
     print(

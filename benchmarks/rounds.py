@@ -1,4 +1,4 @@
-"""Times the arms in turns, round by round over the same rows, in one process."""
+"""Times the arms in turns, one optimizer step each, in one process: what slows the machine for a while meets all."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def say(text: str) -> None:
 
 
 def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Save) -> dict[str, Any]:
-    """Time each arm for ``runs`` rounds of ``steps`` optimizer steps.
+    """Time each arm for ``runs`` rounds of ``steps`` optimizer steps, in turns of one step, another arm first in each.
 
-    A first round is thrown away: one step of each arm, and all the steps of an arm that reads what an earlier epoch
-    left. All arms train the same rows, so a ratio of seconds is one of seconds per target token.
+    Some steps are thrown away before: one of each arm, and those of a whole epoch of an arm that reads what an earlier
+    epoch left. All arms train the same rows in a round, so a ratio of seconds is one of seconds per target token.
 
     Args:
         names: arms, in the order in which they take turns.
@@ -36,13 +36,19 @@ def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Sav
         save: called with what is known so far after each round.
 
     Returns:
-        ``raw``: arm -> seconds by round; ``missing``: arm -> why; ``workload``; ``floor``.
+        ``raw``: arm -> seconds by round; ``steps``: arm -> seconds by turn; ``missing``: arm -> why; ``workload``;
+        ``floor``.
     """
     import torch
 
     quiet()
     work = draw(BATCH * steps, seed)
-    found: dict[str, Any] = {"raw": {}, "missing": {}, "workload": work.facts() | {"batch": BATCH, "steps": steps}}
+    found: dict[str, Any] = {
+        "raw": {},
+        "steps": {},
+        "missing": {},
+        "workload": work.facts() | {"batch": BATCH, "steps": steps},
+    }
     say(f"{work.facts()}")
     arms = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -53,15 +59,20 @@ def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Sav
                 found["missing"][name] = str(error)
                 say(f"missing: {name} ({error})")
         for name, arm in arms.items():
-            rows = work.rows if name in FILLS_FIRST else work.rows.select(range(BATCH))
-            say(f"warm-up: {name} {arm.run(rows, 0):.1f} s")
+            batches = arm.batches(work.rows, 0)
+            for rows in batches if name in FILLS_FIRST else batches[:1]:
+                say(f"warm-up: {name} {arm.run(rows):.2f} s")
         for number in range(1, runs + 1):
-            for name, arm in arms.items():
-                gc.collect()
-                torch.manual_seed(number)
-                seconds = arm.run(work.rows, number)
-                found["raw"].setdefault(name, []).append(round(seconds, 4))
-                say(f"round {number} of {runs}: {name} {seconds:.2f} s")
+            batches = {name: arm.batches(work.rows, number) for name, arm in arms.items()}
+            for turn in range(steps):
+                for name in rotated(list(arms), (number - 1) * steps + turn):
+                    gc.collect()
+                    torch.manual_seed(number)
+                    seconds = arms[name].run(batches[name][turn])
+                    found["steps"].setdefault(name, []).append(round(seconds, 4))
+                    say(f"round {number} of {runs}, step {turn + 1}: {name} {seconds:.2f} s")
+            for name in arms:
+                found["raw"].setdefault(name, []).append(round(sum(found["steps"][name][-steps:]), 4))
             save(found)
         found["workload"]["cache"] = {
             name: arm.cache.stats()._asdict() for name, arm in arms.items() if getattr(arm, "cache", None) is not None
@@ -69,6 +80,12 @@ def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Sav
     found["floor"] = floors(found["raw"], work, steps)
     save(found)
     return found
+
+
+def rotated(names: Sequence[str], turn: int) -> list[str]:
+    """Return the names with another one first in each turn."""
+    first = turn % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def floors(raw: dict[str, list[float]], work: Workload, steps: int) -> dict[str, Any]:

@@ -60,7 +60,10 @@ def naive(work: Workload) -> float:
     """Return the seconds of one naive run after another, one for each weight."""
     started = time.perf_counter()
     for weight in WEIGHTS:
-        NaiveArm(weight).run(work.rows, 1)
+        arm = NaiveArm(weight)
+        for batch in arm.batches(work.rows, 1):
+            arm.run(batch)
+        del arm
         gc.collect()
     return time.perf_counter() - started
 

@@ -138,11 +138,11 @@ def output_head(lm: Any) -> Callable[[Tensor], Tensor]:
     cap: float | None = getattr(config, "final_logit_softcapping", None)
     scale: float = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = linear(hidden)
-        if scale != 1.0:
-            logits = logits * scale
+    def changed(hidden: Tensor) -> Tensor:
+        logits = linear(hidden) * scale
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    head = changed if cap or scale != 1.0 else linear
 
     with torch.no_grad():
         ids = torch.arange(min(8, config.vocab_size), device=linear.weight.device).unsqueeze(0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from holdtrue.defenses import LossDefense, parse
+from holdtrue.training.head import BLOCK, Head, ProcessorHead, head_for
 from holdtrue.training.objective import Positions, TokenTerm, chunk_size, token_objective
 
 
@@ -48,7 +49,7 @@ def naive(hidden, reference, head, positions, ce_coefficient, weight, direction,
     return loss.detach(), gradient, ce.detach(), kl.detach()
 
 
-def chunked(hidden, reference, head, positions, ce_coefficient, weight, direction, tokens, chunk):
+def chunked(hidden, reference, head, positions, ce_coefficient, weight, direction, tokens, chunk, fast=True):
     (defense,) = parse([{"kl": {"direction": direction, "tokens": tokens}}])
     covered = torch.ones_like(positions.response) if tokens == "all" else positions.response
     term = TokenTerm("kl", covered, weight, defense.token_term, reference=True)
@@ -61,6 +62,7 @@ def chunked(hidden, reference, head, positions, ce_coefficient, weight, directio
         reference_hidden=reference,
         chunk=chunk,
         vocabulary=head.out_features,
+        fast=fast,
     )
     gradient = torch.autograd.grad(loss, hidden)[0]
     return loss.detach(), gradient, sums["ce"], sums["defense/kl"]
@@ -74,18 +76,20 @@ def chunked(hidden, reference, head, positions, ce_coefficient, weight, directio
     seed=st.integers(0, 2**20),
     direction=st.sampled_from(["policy||reference", "reference||policy"]),
     tokens=st.sampled_from(["all", "response"]),
+    fast=st.booleans(),
 )
-def test_equals_the_naive_objective_in_float64(n, vocabulary, chunk, seed, direction, tokens):
+def test_equals_the_naive_objective_in_float64(n, vocabulary, chunk, seed, direction, tokens, fast):
     case = (*make(n, vocabulary, 7, seed, torch.float64), 1 / 3, 0.7, direction, tokens)
-    for ours, theirs in zip(chunked(*case, chunk), naive(*case), strict=True):
+    for ours, theirs in zip(chunked(*case, chunk, fast), naive(*case), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("direction", ["policy||reference", "reference||policy"])
-def test_float32_at_the_real_vocabulary(direction):
+def test_float32_at_the_real_vocabulary(direction, fast):
     n = 97
     case = (*make(n, 49152, 32, 1, torch.float32), 1 / n, 1 / n, direction, "all")
-    ours, theirs = chunked(*case, None), naive(*case)
+    ours, theirs = chunked(*case, None, fast), naive(*case)
     assert abs(float(ours[0]) - float(theirs[0])) < 1e-5
     assert float((ours[1].double() - theirs[1]).norm() / theirs[1].norm()) < 1e-4
 
@@ -123,7 +127,7 @@ def test_no_position_gives_zero_and_a_zero_gradient():
 
 
 def test_chunks_shrink_as_the_vocabulary_grows():
-    assert chunk_size(49_152) * 49_152 <= 2**21
+    assert chunk_size(49_152) == 128
     assert chunk_size(2 * 49_152) == chunk_size(49_152) // 2
     assert chunk_size(10**9) == 1
 
@@ -149,6 +153,36 @@ def test_positions_without_a_reference_get_cross_entropy_alone():
     broader = TokenTerm("kl", torch.arange(20) <= m, 0.7, defense.token_term, reference=True)
     with pytest.raises(ValueError, match="kl covers positions that have no reference"):
         token_objective(hidden, head, positions, **given_terms | {"terms": [broader]})
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        (lambda head: head, ProcessorHead),
+        (lambda head: head.bfloat16(), Head),
+        (lambda head: head.requires_grad_(True), Head),
+        (lambda head: lambda hidden: 2 * head(hidden), Head),
+        (lambda head: head.register_forward_hook(lambda *_: None) and head, Head),
+    ],
+)
+def test_the_products_are_rearranged_only_for_a_frozen_linear_layer_in_the_states_precision(change, form):
+    hidden, _, head, _ = make(3, 40, 4, 0, torch.float32)
+    assert type(head_for(change(head), hidden, 2)) is form
+    assert type(head_for(head, hidden, 2, fast=False)) is Head
+
+
+def test_blocks_of_the_vocabulary_and_odd_chunks_make_one_product():
+    g = torch.Generator().manual_seed(0)
+    head = nn.Linear(6, 2 * BLOCK + 5, bias=False, dtype=torch.float64).requires_grad_(False)
+    products = head_for(head, torch.zeros(1, 6, dtype=torch.float64), 40)
+    for n in (20, 3, 17):
+        a, b = torch.randn(2, n, 6, generator=g, dtype=torch.float64)
+        policy, reference, room, back = products.chunk(a, b, gradient=True)
+        torch.testing.assert_close(policy, head(a).log_softmax(-1), atol=1e-12, rtol=0)
+        torch.testing.assert_close(reference, head(b).log_softmax(-1), atol=1e-12, rtol=0)
+        assert room.shape == (2, *policy.shape)
+        room.fill_(torch.nan)
+        torch.testing.assert_close(back(policy), policy @ head.weight, atol=1e-9, rtol=0)
 
 
 class Spread(LossDefense):

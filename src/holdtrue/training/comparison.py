@@ -13,13 +13,15 @@ class Comparison:
         policy: (n, vocabulary) log-probabilities, without a gradient.
         reference: the same of the frozen model.
         gradient: whether anything will be derived by the divergence.
+        room: (2, n, vocabulary) memory to work in; ``None``: memory of its own.
 
     Attributes:
         divergence: (n,) KL(policy ‖ reference) in nats, a leaf: what is built on it has its gradient here.
     """
 
-    def __init__(self, policy: Tensor, reference: Tensor, *, gradient: bool) -> None:
-        self._probability, self._gap = policy.exp(), torch.sub(policy, reference)
+    def __init__(self, policy: Tensor, reference: Tensor, *, gradient: bool, room: Tensor | None = None) -> None:
+        first, second = (None, None) if room is None else room
+        self._probability, self._gap = torch.exp(policy, out=first), torch.sub(policy, reference, out=second)
         self._value = torch.linalg.vecdot(self._probability, self._gap)
         self.divergence = self._value.detach().clone().requires_grad_(gradient)
 

@@ -48,11 +48,12 @@ def _plain(module: LoraLinear) -> bool:
         and b.bias is None
         and (base.bias is None or not base.bias.requires_grad)
         and a.weight.dtype == b.weight.dtype == base.weight.dtype
-        and not any(_hooked(layer) for layer in (base, a, b))
+        and not any(hooked(layer) for layer in (base, a, b))
     )
 
 
-def _hooked(layer: nn.Module) -> bool:
+def hooked(layer: nn.Module) -> bool:
+    """Return whether somebody watches or changes what goes through the layer."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
 
 

@@ -22,7 +22,7 @@ from holdtrue.training.batch import COUNTS, Batch, draw_lots
 from holdtrue.training.fast_lora import fast_lora
 from holdtrue.training.features import feature_term
 from holdtrue.training.metrics import mean, step_means
-from holdtrue.training.objective import TokenTerm, token_objective
+from holdtrue.training.objective import Positions, TokenResult, TokenTerm, token_objective
 from holdtrue.training.reference import Reference, ReferenceOutputs, captured_outputs, shared_start
 from holdtrue.training.runtimes import Probe, RuntimeMixin
 
@@ -310,14 +310,12 @@ class DefenseMixin(RuntimeMixin):
             for defense, needs in self._losses
             if needs.tokens is not None
         ]
-        loss, sums = token_objective(
-            hidden[positions.row, positions.column],
-            self._head,
+        loss, sums = self._token_objective(
+            hidden,
             positions,
             ce_coefficient=_coefficient(1.0, counts["trained"]),
             terms=terms,
             reference_hidden=None if reference is None else reference.hidden,
-            vocabulary=self._vocabulary,
         )
         step.sums.update(sums)
         for defense, _ in ((d, n) for d, n in self._losses if n.features):
@@ -328,6 +326,10 @@ class DefenseMixin(RuntimeMixin):
             loss = loss + coefficient * total if coefficient else loss
         # Ties the loss to every adapter weight also where nothing is covered, or DDP would wait for gradients.
         return loss + 0.0 * hidden.sum()
+
+    def _token_objective(self, hidden: Tensor, positions: Positions, **more: Any) -> TokenResult:
+        at = hidden[positions.row, positions.column]
+        return token_objective(at, self._head, positions, vocabulary=self._vocabulary, fast=self.fast, **more)
 
     def _aside_gradient(self) -> dict[str, Tensor]:
         """Return the gradient of the mean KL to the reference over the answers of the rows kept aside."""
@@ -347,14 +349,9 @@ class DefenseMixin(RuntimeMixin):
                 divergence = TokenTerm("kl", positions.response, 1 / count, lambda c: c.divergence, reference=True)
                 reference = self._reference.outputs(batch, batch.response).hidden
                 with self.compute_loss_context_manager(), fast_lora(self._policy, on=self.fast):
-                    loss, _ = token_objective(
-                        final_hidden(lm, batch.input_ids)[positions.row, positions.column],
-                        self._head,
-                        positions,
-                        ce_coefficient=0.0,
-                        terms=[divergence],
-                        reference_hidden=reference,
-                        vocabulary=self._vocabulary,
+                    hidden = final_hidden(lm, batch.input_ids)
+                    loss, _ = self._token_objective(
+                        hidden, positions, ce_coefficient=0.0, terms=[divergence], reference_hidden=reference
                     )
                     loss.backward()
             return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
@@ -381,14 +378,9 @@ class DefenseMixin(RuntimeMixin):
                 for inputs in batches:
                     batch = Batch.of(self._prepare_inputs(inputs))
                     positions = batch.positions(batch.response)
-                    sums = token_objective(
-                        final_hidden(lm, batch.input_ids)[positions.row, positions.column],
-                        self._head,
-                        positions,
-                        ce_coefficient=0.0,
-                        reference_hidden=self._reference.outputs(batch, batch.response).hidden,
-                        vocabulary=self._vocabulary,
-                    ).sums
+                    hidden = final_hidden(lm, batch.input_ids)
+                    reference = self._reference.outputs(batch, batch.response).hidden
+                    _, sums = self._token_objective(hidden, positions, ce_coefficient=0.0, reference_hidden=reference)
                     zero = totals.new_zeros(())
                     counts = batch.counts()
                     totals += torch.stack(

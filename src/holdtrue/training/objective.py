@@ -17,9 +17,10 @@ from torch import Tensor
 from holdtrue.data.batching import RIDING
 from holdtrue.defenses.base import TokenChunk
 from holdtrue.training.comparison import Comparison
+from holdtrue.training.head import Head, exact, head_for
 
-LOGITS_PER_CHUNK = 2**21
-"""Logits held at once for one model: 8 MiB in float32, whatever the vocabulary."""
+LOGITS_PER_CHUNK = 3 * 2**21
+"""Logits held at once, those of both models together: 24 MiB in float32, whatever the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ class TokenResult(NamedTuple):
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Return how many positions a chunk holds, so that its logits stay the same size in any vocabulary."""
+    """Return how many positions a chunk holds, so that its logits stay the same size in any vocabulary.
+
+    A position of which both models' logits are wanted counts twice.
+    """
     return max(1, LOGITS_PER_CHUNK // vocabulary)
 
 
@@ -89,6 +93,7 @@ def token_objective(
     reference_hidden: Tensor | None = None,
     chunk: int | None = None,
     vocabulary: int,
+    fast: bool = True,
 ) -> TokenResult:
     """Compute ``ce_coefficient * sum CE + sum over terms of coefficient * sum of the term's values``.
 
@@ -100,8 +105,9 @@ def token_objective(
         terms: the defenses' token terms.
         reference_hidden: (m, width) the reference's final hidden states at the first m <= n positions; the others
             have no reference, and no term that reads it may cover them. ``None``: no position has one.
-        chunk: positions in a chunk; by default :func:`chunk_size`.
+        chunk: positions in a chunk, those that have a reference counted twice; by default :func:`chunk_size`.
         vocabulary: width of the logits.
+        fast: ``False``: the head is called as it is, in place of its products in the order that is fast.
 
     Returns:
         the loss, and the sums in nats ``ce``, ``ce_task``, ``defense/<name>`` and, where a reference is given, ``kl``
@@ -113,27 +119,26 @@ def token_objective(
     for term in terms:
         if term.reference and bool(term.covered[m:].any()):
             raise ValueError(f"{term.name} covers positions that have no reference")
-    step = chunk or chunk_size(vocabulary)
+    most = max(1 if m == 0 else 2, chunk or chunk_size(vocabulary))
     names = [
         "ce",
         "ce_task",
         *(["kl", "kl_count"] if reference_hidden is not None else []),
         *(f"defense/{t.name}" for t in terms),
     ]
-    sums = {name: torch.zeros((), dtype=_exact(hidden), device=hidden.device) for name in names}
-    pieces = [slice(a, min(a + step, m)) for a in range(0, m, step)]
-    pieces += [slice(a, min(a + step, hidden.shape[0])) for a in range(m, hidden.shape[0], step)]
+    sums = {name: torch.zeros((), dtype=exact(hidden), device=hidden.device) for name in names}
+    pieces = [slice(a, min(a + most // 2, m)) for a in range(0, m, max(1, most // 2))]
+    pieces += [slice(a, min(a + most, hidden.shape[0])) for a in range(m, hidden.shape[0], most)]
 
-    def part(logits: Tensor, at: slice) -> tuple[Tensor, Tensor | None]:
-        """Return the chunk's loss and its gradient with respect to the logits, where one is wanted."""
-        wanted = torch.is_grad_enabled()
+    def part(hidden: Tensor, products: Head, at: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the chunk's loss and its gradient with respect to the hidden states, where it is wanted."""
         chunk = positions.take(at)
+        other = reference_hidden[at] if reference_hidden is not None and at.start < m else None
+        policy, reference, room, back = products.chunk(hidden, other, gradient=wanted)
         with torch.no_grad():
-            policy = _log_probabilities(logits)
-            reference, comparison = None, None
-            if reference_hidden is not None and at.start < m:
-                reference = _log_probabilities(head(reference_hidden[at]))
-                comparison = Comparison(policy, reference, gradient=wanted)
+            comparison = None
+            if reference is not None:
+                comparison = Comparison(policy, reference, gradient=wanted, room=room)
         here = [t for t in terms if not t.reference or reference is not None]
         # A term of weight 0 is measured and has no gradient: not even one of zeros, which rounds the others otherwise.
         policy.requires_grad_(wanted and any(term.coefficient for term in here))
@@ -169,9 +174,10 @@ def token_objective(
                 slope = policy.exp_().mul_(weight.unsqueeze(-1))
             if by_policy is not None:
                 slope += by_policy
-            return loss, slope.scatter_add_(-1, targets, -share.unsqueeze(-1)).to(logits.dtype)
+            return loss, back(slope.scatter_add_(-1, targets, -share.unsqueeze(-1)))
 
-    return TokenResult(_Chunked.apply(hidden, head, part, pieces), sums)  # type: ignore[return-value]
+    products = head_for(head, hidden, min(most, max(2 * m, hidden.shape[0])), fast=fast)
+    return TokenResult(_Chunked.apply(hidden, products, part, pieces), sums)  # type: ignore[return-value]
 
 
 def _derived(total: Tensor, policy: Tensor, compared: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -183,14 +189,6 @@ def _derived(total: Tensor, policy: Tensor, compared: Tensor | None) -> tuple[Te
     return found[0], found[1] if compared is not None else None
 
 
-def _exact(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.float32
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.to(_exact(logits)), dim=-1)
-
-
 class _Chunked(torch.autograd.Function):
     """Sum ``part`` over chunks of rows of ``hidden``, and keep the gradient instead of the graph."""
 
@@ -198,21 +196,19 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx,
         hidden: Tensor,
-        head: Callable[[Tensor], Tensor],
-        part: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]],
+        products: Head,
+        part: Callable[[Tensor, Head, slice, bool], tuple[Tensor, Tensor | None]],
         pieces: Sequence[slice],
     ) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        total = torch.zeros((), dtype=_exact(hidden), device=hidden.device)
-        gradient = torch.zeros_like(hidden) if wants_gradient else None
-        with torch.set_grad_enabled(wants_gradient):
+        wanted = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=exact(hidden), device=hidden.device)
+        gradient = torch.zeros_like(hidden) if wanted else None
+        with torch.set_grad_enabled(wanted):
             for at in pieces:
-                piece = hidden[at].detach().requires_grad_(wants_gradient)
-                logits = head(piece)
-                loss, slope = part(logits, at)
+                loss, slope = part(hidden[at].detach(), products, at, wanted)
                 total += loss
                 if gradient is not None and slope is not None:
-                    gradient[at] = torch.autograd.grad(logits, piece, slope)[0]
+                    gradient[at] = slope
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
