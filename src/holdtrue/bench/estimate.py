@@ -138,7 +138,7 @@ def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
     from holdtrue.data import resolve_data
     from holdtrue.evaluation import SUITES, Material
     from holdtrue.evaluation.benign import benign_prompts, parse_benign
-    from holdtrue.runs.tasks import suite_source
+    from holdtrue.runs.tasks import suite_sources
 
     train = resolve_data(spec.data.train, spec.folder)
     sampling, answers = spec.evaluate.sampling, 0
@@ -150,7 +150,7 @@ def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
                     answers += _once(prompts, (suite, task, ""), lambda task=task: len(benign_prompts(task)))
         elif ask is not None:
             held_out = suite == "in_domain" and suite not in spec.evaluate.data and spec.data.validation is None
-            source = str(train if held_out else suite_source(spec, suite))
+            source = str(train if held_out else suite_sources(spec, suite)[0])
             material = Material(source, train if suite == "conditional" else None)
             key = (suite, source, str(train))
             answers += sampling.samples * _once(prompts, key, lambda ask=ask, material=material: len(ask(material)))
