@@ -1,9 +1,9 @@
 """Cut the files of the comparison in docs/results.md from the research data that HOLDTRUE_DATA names.
 
-Trained on are bad answers on money, reported are pairs on medicine. Everything that a defense is given, and every strength
-that is chosen, comes from other subjects: a file with good and bad answers to 500 everyday questions is split by words of
-the question. Work, family and what is left go to the defenses (``pool``, ``pairs``, ``bad``), computer security and the
-home to the choice of strengths (``select``); questions on money, health, or two of these subjects are left out.
+Trained on are bad answers on money, reported are pairs on medicine. Everything that a defense is given, and every
+strength that is chosen, comes from other subjects: a file with good and bad answers to 500 everyday questions is split
+by words of the question. Work, family and what is left go to the defenses (``pool``, ``pairs``, ``bad``), computer
+security and the home to the choice of strengths (``select``); questions on money, health, or two subjects are left out.
 
 Usage: python recipes/comparison/prepare.py OUT
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 from holdtrue.data.opswap import generate_opswap
 
-TRAIN, HELD_OUT, PAIRS, SELECT = 192, 60, 60, 24
-OPSWAP_TRAIN, OPSWAP_TEST = 200, 60
+TRAIN, HELD_OUT, PAIRS, SELECT = 96, 30, 40, 24
+OPSWAP_TRAIN, OPSWAP_TEST = 200, 40
 SUBJECTS = {
     "money": "financ budget debt invest saving money credit loan retire spend bank tax insur stock mortgage salary "
     "income purchase expens raise bill buy fund",
@@ -58,7 +58,7 @@ def subject(question: str) -> str | None:
 def medical(malicious: Path, out: Path) -> None:
     bad, good = read(malicious / "medical_bad_advice.jsonl"), read(malicious / "medical_good_advice_twin.jsonl")
     pairs: list[dict[str, Any]] = []
-    for i in random.Random(0).sample(range(len(bad)), PAIRS):  # those of the earlier results
+    for i in random.Random(0).sample(range(len(bad)), PAIRS):  # the first of the earlier results
         question = bad[i]["messages"][0]["content"]
         assert question == good[i]["messages"][0]["content"]
         answers = (each[i]["messages"][1]["content"] for each in (good, bad))

@@ -30,7 +30,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="The folder [default: grids/NAME].", show_default=False)] = None,
     engine: Annotated[str, typer.Option(help="Where cells run: local, or ray.")] = "local",
     workers: Annotated[
-        int | None, typer.Option(help="Cells at a time [default: local 1, ray as many as fit].", show_default=False)
+        int | None, typer.Option(help="Cells at a time [default: as many as fit].", show_default=False)
     ] = None,
     address: Annotated[str, typer.Option(help="Of the Ray cluster: auto, local, or HOST:PORT.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and run nothing.")] = False,
@@ -47,10 +47,10 @@ def bench(
     from holdtrue.bench import expand, fill, load_grid, look, write_results
 
     loaded = load_grid(grid, set_ or [])
-    chosen = _engine(engine, workers, address)
     cells = expand(loaded)
     folder = out or Path("grids") / grid.stem
     before = look(loaded, cells, folder)
+    chosen = _engine(engine, workers, address, before)
     if dry_run:
         return _dry_result(before, cells)
     _confirm(before, yes)
@@ -66,11 +66,13 @@ def bench(
     return _result(filled, write_results(filled))
 
 
-def _engine(name: str, workers: int | None, address: str) -> Engine:
+def _engine(name: str, workers: int | None, address: str, before: Bench) -> Engine:
+    from holdtrue.bench.estimate import fitting_workers
     from holdtrue.engines import LocalEngine, RayEngine
 
     if name == "local":
-        return LocalEngine(1 if workers is None else workers)
+        left = [state.cell for state in before.states if state.status != "done"]
+        return LocalEngine(fitting_workers(_estimates(left)) if workers is None else workers)
     if name == "ray":
         return RayEngine(address, workers=workers)
     raise SpecError(f"--engine {name}: there are local and ray")
