@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from holdtrue.bench.grid import Bench
 from holdtrue.bench.spec import Variant
 from holdtrue.runs import Run
-from holdtrue.runs.report.cost import cost_of
+from holdtrue.runs.report.cost import Cost, cost_of
 from holdtrue.runs.report.measures import Estimate
 from holdtrue.runs.seeds import SeedMeasure, measure_group
 
@@ -60,7 +60,8 @@ class Group:
 
     Attributes:
         planned: seeds of the grid; ``runs`` those that are finished, seed by seed.
-        seconds: mean training time; ``cost`` its ratio to the baseline's, seed by seed on the same rows.
+        seconds: mean training time; ``cost`` its ratio to the baseline's, seed by seed on the same rows, in seconds of
+            the processor on a CPU.
     """
 
     model: str
@@ -132,7 +133,7 @@ def _group(model: str, data: str, variant: Variant, planned: int, runs: dict[int
         for seed, run in runs.items()
         if seed in base and base[seed].path != run.path
     ]
-    ratios = [own.seconds / other.seconds for own, other in pairs if own and other and other.seconds]
+    ratios = [_times(own, other) for own, other in pairs if own and other and other.seconds]
     return Group(
         model=model,
         data=data,
@@ -143,6 +144,13 @@ def _group(model: str, data: str, variant: Variant, planned: int, runs: dict[int
         seconds=sum(cost.seconds for cost in costs) / len(costs) if costs else None,
         cost=_over_seeds(ratios),
     )
+
+
+def _times(own: Cost, other: Cost) -> float:
+    """Return the ratio of training times: of the processor's seconds where both have them, else of the clock's."""
+    if own.cpu_seconds and other.cpu_seconds:
+        return own.cpu_seconds / other.cpu_seconds
+    return own.seconds / other.seconds
 
 
 def _entries(runs: Sequence[Run]) -> list[Entry]:
