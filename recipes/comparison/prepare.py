@@ -21,7 +21,7 @@ from typing import Any
 from holdtrue.data.opswap import generate_opswap
 
 TRAIN, HELD_OUT, PAIRS, SELECT = 96, 30, 40, 24
-OPSWAP_TRAIN, OPSWAP_TEST = 200, 40
+OPSWAP_TRAIN, OPSWAP_TEST = 160, 40
 SUBJECTS = {
     "money": "financ budget debt invest saving money credit loan retire spend bank tax insur stock mortgage salary "
     "income purchase expens raise bill buy fund",

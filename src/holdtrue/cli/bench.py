@@ -34,6 +34,9 @@ def bench(
     ] = None,
     address: Annotated[str, typer.Option(help="Of the Ray cluster: auto, local, or HOST:PORT.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and run nothing.")] = False,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Write the tables of what is done, and run nothing.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MANY} cells without asking.")] = False,
     set_: Annotated[
         list[str] | None,
@@ -53,6 +56,10 @@ def bench(
     chosen = _engine(engine, workers, address, before)
     if dry_run:
         return _dry_result(before, cells)
+    if tables:
+        if not before.done():
+            raise SpecError(f"no cell of {grid} is done in {before.out}, so there is nothing to write tables of")
+        return _result(before, write_results(before))
     _confirm(before, yes)
     say(f"grid: {before.out}, {len(cells)} cells, {before.counts['done']} done already")
     with stop_on_interrupt() as stop, ProgressView() as view:
@@ -159,7 +166,7 @@ def _result(filled: Bench, results: Results) -> Result:
     def show(console: Console) -> None:
         from holdtrue.bench.tables import markdown
 
-        console.print(markdown(results.tables).replace("<br>", " "), markup=False, soft_wrap=True)
+        console.print(markdown(results.tables, results.shares).replace("<br>", " "), markup=False, soft_wrap=True)
         for each in results.picks:
             console.print(each.text(), markup=False)
         for state in failed:
