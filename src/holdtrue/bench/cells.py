@@ -88,9 +88,16 @@ def address(spec: RunSpec, hashes: dict[str, str] | None = None) -> str:
         DataError: a file that the run must read is not there.
     """
     known = {} if hashes is None else hashes
-    files = {str(path): _hash(path, known) for path in _files(spec)}
+    files = {_told(path): _hash(path, known) for path in _files(spec)}
     folders = {str(path): _hash_folder(path, known) for path in _folders(spec)}
     return key_of(spec.hash(), sorted({**files, **folders}.items()), _weights(spec.model, known))
+
+
+def _told(path: Path) -> str:
+    """Return what a file is called in an address: of a shipped one not its place, which another install has not."""
+    from holdtrue.data import builtin_name
+
+    return builtin_name(path) or str(path)
 
 
 def _run_spec(grid: GridSpec, model: str, revision: str | None, data: str, variant: Variant, seed: int) -> RunSpec:
