@@ -2,7 +2,7 @@
 
 Trained on are bad answers on money, reported are pairs on medicine. Everything that a defense is given, and every
 strength that is chosen, comes from other subjects: a file with good and bad answers to 500 everyday questions is split
-by words of the question. Work, family and what is left go to the defenses (``pool``, ``pairs``, ``bad``), computer
+by words of the question. Work, family and what is left go to the defenses (``pool``, ``bad``, ``both``, ``pairs``), computer
 security and the home to the choice of strengths (``select``); questions on money, health, or two subjects are left out.
 
 Usage: python recipes/comparison/prepare.py OUT
@@ -86,6 +86,7 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
             pairs.append(made)
     write(out / "pool.jsonl", pool)
     write(out / "bad.jsonl", twins)
+    write(out / "both.jsonl", [row for each in zip(pool, twins, strict=True) for row in each])
     write(out / "pairs.jsonl", pairs)
     write(out / "select.jsonl", random.Random(0).sample(select, SELECT))
 
