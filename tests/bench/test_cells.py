@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from holdtrue.bench import GridSpec, expand, load_grid
+from holdtrue.data import builtins
 
 Write = Callable[..., Path]
 
@@ -34,9 +37,21 @@ def test_only_cells_that_read_a_file_change_with_it(write: Write, tmp_path: Path
         assert not set(before) & set(keys(path)), name
 
 
-def test_another_models_weights_are_another_run(write: Write, tmp_path: Path, tiny_dir: Path) -> None:
-    import shutil
+def test_another_install_of_the_package_finds_the_same_cells(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(lambda v: v["settings"].update(mix=["interleave"]))
+    before = keys(path)
+    place = tmp_path / "elsewhere"
+    shutil.copytree(builtins._FOLDER, place)
+    monkeypatch.setattr(builtins, "_FOLDER", place)
+    assert keys(path) == before
+    with (place / "pool.jsonl").open("a") as file:
+        file.write("\n")
+    assert [a == b for a, b in zip(before, keys(path), strict=True)] == [True, False, False]  # kl names the pool too
 
+
+def test_another_models_weights_are_another_run(write: Write, tmp_path: Path, tiny_dir: Path) -> None:
     own = tmp_path / "model"
     shutil.copytree(tiny_dir, own)
     path = write(lambda v: v.update(models=["./model"]))
@@ -50,8 +65,6 @@ def test_another_models_weights_are_another_run(write: Write, tmp_path: Path, ti
 def test_another_model_in_a_folder_that_a_defense_names_is_another_run(
     write: Write, tmp_path: Path, tiny_dir: Path
 ) -> None:
-    import shutil
-
     own = tmp_path / "unaligned"
     shutil.copytree(tiny_dir, own)
     path = write(lambda v: v["settings"].update(lora=[{"safelora": {"unaligned": str(own)}}]))

@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
-from holdtrue.bench import expand, fill, load_grid, look, write_results
+from holdtrue.bench import expand, fill, load_grid, look, summarize, write_results
 from holdtrue.bench.grid import lock
+from holdtrue.bench.pick import shift_undone
+from holdtrue.bench.tables import headings
 from holdtrue.cli.main import main
 from holdtrue.engines import LocalEngine
 from holdtrue.errors import Interrupted, RunError, SpecError
 from holdtrue.runs import Run
+from holdtrue.runs.tasks import sha256_of
 
 Write = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -39,6 +42,36 @@ def run(path: Path, out: Path) -> tuple[int, dict[str, Any]]:
 def trained(out: Path) -> dict[str, int]:
     """When each cell was trained, by its folder."""
     return {path.parent.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/stages/train.json")}
+
+
+def test_each_file_of_a_suite_has_a_column_and_the_first_decides(write: Write, tmp_path: Path) -> None:
+    write()
+    lines = (tmp_path / "probes.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "four.jsonl").write_text("".join(lines[:4]))
+    # Records lie by the hashes of their files: the spec has them the other way round.
+    files = sorted(("four.jsonl", "probes.jsonl"), key=lambda n: sha256_of(tmp_path / n), reverse=True)
+    out = tmp_path / "out"
+
+    def several(values: dict[str, Any]) -> None:
+        values["evaluate"]["data"]["likelihood"] = files
+        values["bounds"] = {"benign_kept": None, "narrow_kept": None, "cost": None}
+
+    code, index = run(write(several), out)
+    assert code == 0
+    grid = load_grid(tmp_path / "grid.yaml")
+    (table,) = summarize(look(grid, expand(grid), out))
+    assert headings(table)[:2] == [f"margin, {Path(name).stem}" for name in files]
+    cells = [Run(out / cell["folder"]) for cell in index["cells"]]
+    by_file = {
+        name: [cell.evaluation("likelihood", "tuned", sha256_of(tmp_path / name)) for cell in cells] for name in files
+    }
+    assert {record["n"] for record in by_file["four.jsonl"] if record} == {4}
+    changes = [record["change"]["margin_change"] for record in by_file[files[0]] if record]
+    base, defended = table.groups
+    assert [group.entry("likelihood", "margin").change.value for group in (base, defended)] == pytest.approx(changes)
+    ratio = shift_undone(defended, base, "margin").value
+    assert ratio is not None
+    assert ratio.value == pytest.approx(1 - changes[1] / changes[0])
 
 
 def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(
@@ -150,13 +183,31 @@ def test_a_worker_that_dies_fails_its_cell_alone(write: Write, tmp_path: Path) -
     assert _resumed(tmp_path / "out")
 
 
+def test_tables_of_an_unfinished_grid_run_nothing(write: Write, tmp_path: Path, capfd: Capture) -> None:
+    out = tmp_path / "out"
+    path = write(lambda v: v.update(settings={"undefended": []}))
+    assert main(["bench", str(path), "--out", str(out), "--tables"]) == 2
+    assert "no cell" in capfd.readouterr().err
+    run(path, out)
+    with lock(out):  # as while another process fills it
+        path = write(lambda v: v.update(settings={"undefended": [], "kl": ["kl"]}))
+        assert main(["bench", str(path), "--out", str(out), "--tables", "--json"]) == 0
+    assert len(list((out / "cells").iterdir())) == 1
+    text = (out / "tables" / "results.md").read_text()
+    assert "| kl (0 of 1 seeds) | – |" in text
+
+
 def test_two_workers_give_what_one_gives(write: Write, tmp_path: Path) -> None:
+    """One worker takes its second cell's base model from memory; of two, each has loaded its own."""
     grid = load_grid(write())
     cells = expand(grid)
     benches = [fill(grid, cells, tmp_path / str(n), LocalEngine(n)) for n in (1, 2)]
     for one, two in zip(*[bench.states for bench in benches], strict=True):
         first, second = (Run(state.folder).adapter / "adapter_model.safetensors" for state in (one, two))
         assert first.read_bytes() == second.read_bytes()
+        for suite in ("likelihood", "fit"):
+            rows = [(Run(state.folder).evaluation(suite) or {})["rows"] for state in (one, two)]
+            assert rows[0] == rows[1]
 
 
 def test_a_second_process_is_refused(write: Write, tmp_path: Path, capfd: Capture) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from holdtrue.bench import Bench, expand, load_grid, look, pick, summarize, write_results
-from holdtrue.bench.tables import as_csv, latex, markdown
+from holdtrue.bench.shares import shares
+from holdtrue.bench.tables import as_csv, latex, markdown, share_rows
 from holdtrue.evaluation import FitResult, FitRow, LikelihoodResult, LikelihoodRow, compare_results
 from holdtrue.runs import Run, files
 
@@ -202,6 +203,42 @@ def test_intervals_decide_whether_a_pick_is_sure(write: Write, tmp_path: Path) -
     (sure,) = pick(bench.grid, summarize(filled(write(), tmp_path / "even", even)))
     assert sure.chosen is not None
     assert sure.chosen.sure
+
+
+def test_shares_are_of_what_the_undefended_setting_did(write: Write, tmp_path: Path) -> None:
+    bench = filled(write(update), tmp_path / "out", even)
+    tables = summarize(bench)
+    (found,) = shares(bench.grid, tables).values()
+    assert [each.setting for each in found] == list(EFFECTS)[1:]
+    values = [[share.ratio.value and share.ratio.value.value for share in each.shares] for each in found]
+    assert values == [pytest.approx(pair) for pair in ([0.25, 0.95], [0.85, 0.8], [0.95, 0.5])]
+    assert [share.title for share in found[0].shares] == [
+        "houses: shift undone (margin)",
+        "houses: kept (held-out NLL)",
+    ]
+    text = markdown(tables, {"tiny": found})
+    assert "| kl kl.weight=1 | 85.0 % [" in text
+    assert "| 1.40× |" in text
+    lines = {(r["setting"], r["metric"]): r for r in csv.DictReader(io.StringIO(as_csv(tables, {"tiny": found})))}
+    assert float(lines["kl kl.weight=3", "margin_undone"]["value"]) == pytest.approx(0.95)
+    assert float(lines["kl kl.weight=3", "nll_kept"]["value"]) == pytest.approx(0.5)
+
+
+def test_a_share_of_a_change_that_may_be_zero_is_left_out(write: Write, tmp_path: Path) -> None:
+    bench = filled(write(update), tmp_path / "out", lambda name, seed: (0.01 + 0.3 * (-1) ** seed, 1.0, 1.0))
+    (found,) = shares(bench.grid, summarize(bench)).values()
+    assert [cell.value for cell in share_rows(found)[0][1]] == ["–", "100.0 %", "1.00×"]
+
+
+def test_time_is_the_processors_where_runs_tell_it(write: Write, tmp_path: Path) -> None:
+    bench = filled(write(update), tmp_path / "out", even)
+    for state in bench.states:
+        run = Run(state.folder)
+        report = (run.marker("train") or {})["report"]
+        own = 30.0 if state.cell.variant.name == "kl kl.weight=3" else 10.0
+        run.mark("train", inputs=run.inputs("train"), seconds=1.0, report={**report, "cpu_seconds": own})
+    costs = [group.cost.value for table in summarize(bench) for group in table.groups if group.cost is not None]
+    assert costs == pytest.approx([1.0, 1.0, 3.0])
 
 
 def test_figures_and_page_are_written(write: Write, tmp_path: Path) -> None:

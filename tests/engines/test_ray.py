@@ -91,6 +91,31 @@ def test_a_killed_worker_is_retried_and_every_job_ends_once(cluster: Any, tmp_pa
     assert report["steps"] == 36
 
 
+@pytest.mark.slow
+def test_a_stop_saves_what_a_task_has_done(cluster: Any, tmp_path: Path, tiny_dir: Path) -> None:
+    (job,) = jobs(tmp_path, tiny_dir, [400])
+    training = {**job.spec["training"], "save_every": 10_000}  # so that nothing but the stop makes a checkpoint
+    job, stop = job._replace(spec={**job.spec, "training": training}), threading.Event()
+    begun = job.folder / "metrics.jsonl"
+
+    def ask() -> None:
+        while not stop.is_set():
+            if begun.exists() and begun.stat().st_size:
+                stop.set()
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        (ended,) = RayEngine().run([job], lambda name, fields: None, stop)
+    finally:
+        stop.set()
+        thread.join()
+    assert ended.status == "interrupted"
+    assert list((job.folder / "checkpoints").glob("checkpoint-*"))
+    assert not Run(job.folder).is_done("train")
+
+
 def holders(path: Path) -> list[int]:
     """Return the processes that have a file open."""
     found = []

@@ -9,6 +9,7 @@ import pytest
 from holdtrue.errors import SpecError
 from holdtrue.runs import RunSpec, load_spec
 from holdtrue.runs.spec import differences
+from holdtrue.runs.tasks import suite_sources
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
@@ -46,6 +47,14 @@ def test_relative_paths_start_at_the_specs_folder(folder: Path, monkeypatch: pyt
     assert spec.folder == folder
     monkeypatch.chdir(folder)
     assert load_spec("spec.yaml").hash() == spec.hash()
+
+
+def test_a_suite_of_given_answers_takes_several_files_in_order(tmp_path: Path) -> None:
+    text = MINIMAL + "evaluate: {suites: [likelihood], data: {likelihood: [b.jsonl, 'builtin:probes', a.jsonl]}}\n"
+    spec = load_spec(write(tmp_path, text))
+    assert RunSpec(**spec.canonical()) == spec
+    assert [path.name for path in suite_sources(spec, "likelihood")] == ["b.jsonl", "probes.jsonl", "a.jsonl"]
+    assert suite_sources(spec, "likelihood")[0].parent == tmp_path
 
 
 def test_the_order_of_defenses_and_keys_changes_nothing(tmp_path: Path) -> None:
@@ -111,6 +120,9 @@ def test_every_fault_is_listed_with_the_nearest_name(tmp_path: Path) -> None:
         (MINIMAL + "defenses: {kl: {}}\n", "must be a list"),
         (MINIMAL + "evaluate: {suites: [likelyhood]}\n", "did you mean 'likelihood'?"),
         (MINIMAL + "evaluate: {suites: [fit]}\n", "needs held-out rows"),
+        (MINIMAL + "evaluate: {data: {likelihood: [a.jsonl, a.jsonl]}}\n", "each once"),
+        (MINIMAL + "evaluate: {data: {likelihood: []}}\n", "at least one file"),
+        (MINIMAL + "evaluate: {data: {general: [a.yaml, b.yaml]}}\n", "takes one file"),
         (MINIMAL + "evaluate: {suites: [likelihood, likelihood]}\n", "twice"),
         ("model: m\ndata: {train: 'builtin:narow'}\n", "did you mean 'narrow'?"),
         ("data: {train: a.jsonl}\n", "model: missing"),

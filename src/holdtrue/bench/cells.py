@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from holdtrue.bench.spec import GridSpec, Variant
 from holdtrue.errors import SpecError
 from holdtrue.runs.spec import RunSpec
-from holdtrue.runs.tasks import key_of, sha256_of, suite_source
+from holdtrue.runs.tasks import key_of, sha256_of, suite_sources
 
 FOLDERS = ("config.json", "adapter_config.json", "*/adapter_config.json")
 """What a folder holds that a defense may read: a model, an adapter, or several adapters."""
@@ -88,9 +88,16 @@ def address(spec: RunSpec, hashes: dict[str, str] | None = None) -> str:
         DataError: a file that the run must read is not there.
     """
     known = {} if hashes is None else hashes
-    files = {str(path): _hash(path, known) for path in _files(spec)}
+    files = {_told(path): _hash(path, known) for path in _files(spec)}
     folders = {str(path): _hash_folder(path, known) for path in _folders(spec)}
     return key_of(spec.hash(), sorted({**files, **folders}.items()), _weights(spec.model, known))
+
+
+def _told(path: Path) -> str:
+    """Return what a file is called in an address: of a shipped one not its place, which another install has not."""
+    from holdtrue.data import builtin_name
+
+    return builtin_name(path) or str(path)
 
 
 def _run_spec(grid: GridSpec, model: str, revision: str | None, data: str, variant: Variant, seed: int) -> RunSpec:
@@ -115,7 +122,7 @@ def _files(spec: RunSpec) -> set[Path]:
     for suite in spec.evaluate.suites:
         held_out = suite in ("fit", "in_domain") and suite not in spec.evaluate.data and spec.data.validation is None
         if suite != "benign" and not held_out:
-            found.add(suite_source(spec, suite))
+            found.update(suite_sources(spec, suite))
     tasks = [task.partition(":")[2] if task.startswith("gsm8k:") else task for task in spec.evaluate.benign]
     return found | {path for path in _there([*_parameters(spec), *tasks], spec) if path.is_file()}
 

@@ -61,6 +61,10 @@ class Estimate(NamedTuple):
     seconds: float | None
 
 
+LIBRARIES = 2**30
+"""Bytes of a worker's process beside its cell's: Python, torch and what they load."""
+
+
 def hardware() -> Hardware:
     """Return what cells would run on here; asks the driver, and loads no torch."""
     gpu = any(Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc").is_dir() else False
@@ -81,6 +85,46 @@ def estimate_cells(cells: Sequence[Cell], where: Hardware | None = None) -> list
     lengths: dict[str, list[int]] = {}
     prompts: dict[tuple[str, str, str], int] = {}
     return [_estimate(cell.spec, chosen, lengths, prompts) for cell in cells]
+
+
+def fitting_workers(estimates: Sequence[Estimate], *, gpu: bool | None = None, free: float | None = None) -> int:
+    """Return how many cells to run at a time here: one for each core, as far as memory reaches for the largest of them.
+
+    One on a GPU, which cells would have to share, and where a cell's memory is not known. Cells with a thread each
+    wait for nobody; the threads of one cell wait for each other, long where something else runs beside them.
+
+    Args:
+        estimates: of the cells that are left.
+        gpu: whether they run on one; by default whether there is one here.
+        free: bytes of memory; by default what is free here.
+    """
+    on_gpu = hardware().gpu if gpu is None else gpu
+    room = _free_memory() if free is None else free
+    if on_gpu or room is None or not estimates or any(each.memory is None for each in estimates):
+        return 1
+    largest = max(each.memory or 0.0 for each in estimates) + LIBRARIES
+    return max(1, min(_cores(), len(estimates), int(room / largest)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_memory() -> float | None:
+    """Return bytes that new processes may take, a container's limit minded; ``None`` where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found = float(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            found = min(found, float(limit) - float((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no limit is told
+    return found
 
 
 def parameters(model: str) -> float | None:
@@ -138,7 +182,7 @@ def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
     from holdtrue.data import resolve_data
     from holdtrue.evaluation import SUITES, Material
     from holdtrue.evaluation.benign import benign_prompts, parse_benign
-    from holdtrue.runs.tasks import suite_source
+    from holdtrue.runs.tasks import suite_sources
 
     train = resolve_data(spec.data.train, spec.folder)
     sampling, answers = spec.evaluate.sampling, 0
@@ -150,7 +194,7 @@ def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
                     answers += _once(prompts, (suite, task, ""), lambda task=task: len(benign_prompts(task)))
         elif ask is not None:
             held_out = suite == "in_domain" and suite not in spec.evaluate.data and spec.data.validation is None
-            source = str(train if held_out else suite_source(spec, suite))
+            source = str(train if held_out else suite_sources(spec, suite)[0])
             material = Material(source, train if suite == "conditional" else None)
             key = (suite, source, str(train))
             answers += sampling.samples * _once(prompts, key, lambda ask=ask, material=material: len(ask(material)))

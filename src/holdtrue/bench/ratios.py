@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from holdtrue.bench.summary import Group
+from holdtrue.bench.summary import Group, task_of
 from holdtrue.runs.report.measures import Estimate
 from holdtrue.runs.seeds import SeedRow, seed_rows
 
@@ -78,7 +78,7 @@ def change_ratio(group: Group, base: Group, suite: str, metric: str, task: str =
     seeds = [seed for seed in group.runs if seed in base.runs]
     if not seeds:
         return Ratio(None, False, "no seed of both is finished")
-    sha256 = _rows_of(group, seeds[0], suite, task)
+    sha256 = _rows_of(group, seeds[0], suite, metric, task)
     if sha256 is None:
         return Ratio(None, False, "not measured")
     runs = [[each.runs[seed] for seed in seeds] for each in (group, base)]
@@ -114,9 +114,11 @@ def _change(row: SeedRow) -> float | None:
     return None if row.tuned is None or row.untouched is None else row.tuned - row.untouched
 
 
-def _rows_of(group: Group, seed: int, suite: str, task: str) -> str | None:
-    for record in group.runs[seed].evaluations():
-        named = (record["suite"], record["which"], record.get("task", "")) == (suite, "tuned", task)
+def _rows_of(group: Group, seed: int, suite: str, metric: str, task: str) -> str | None:
+    first = group.entry(suite, metric, task)
+    run = group.runs[seed]
+    for record in run.evaluations() if first is not None else ():
+        named = (record["suite"], record["which"], task_of(run, record)) == (suite, "tuned", first.task)
         if named and record["data"].get("of_spec", False) and record["rows"]:
             return record["data"]["sha256"]
     return None

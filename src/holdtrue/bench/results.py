@@ -12,6 +12,7 @@ from holdtrue.bench import tables as printed
 from holdtrue.bench.grid import Bench, State
 from holdtrue.bench.pick import Pick, pick
 from holdtrue.bench.plots import draw
+from holdtrue.bench.shares import Shares, shares
 from holdtrue.bench.summary import Table, summarize
 from holdtrue.runs import Run, files
 from holdtrue.runs.report import render_report
@@ -26,6 +27,7 @@ class Results:
     tables: tuple[Table, ...]
     picks: tuple[Pick, ...]
     page: Path
+    shares: dict[str, list[Shares]]
 
 
 def write_results(bench: Bench, *, reports: bool = True) -> Results:
@@ -42,20 +44,21 @@ def write_results(bench: Bench, *, reports: bool = True) -> Results:
     found = tuple(summarize(bench))
     picks = tuple(pick(bench.grid, found))
     figures = draw(bench.grid, found)
+    parts = shares(bench.grid, found)
     with files.disk_errors(bench.out):
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.svg"):
             stale.unlink()
-        files.write_text(folder / "results.md", printed.markdown(found))
-        files.write_text(folder / "results.tex", printed.latex(found))
-        files.write_text(folder / "results.csv", printed.as_csv(found))
+        files.write_text(folder / "results.md", printed.markdown(found, parts))
+        files.write_text(folder / "results.tex", printed.latex(found, parts))
+        files.write_text(folder / "results.csv", printed.as_csv(found, parts))
         files.write_json(folder / "pick.json", [each.to_json() for each in picks])
         for name, figure in figures.items():
             files.write_text(folder / f"{name}.svg", str(figure))
         links = _reports(bench) if reports else {}
         page = bench.out / "index.html"
-        files.write_text(page, _page(bench, found, picks, figures, links))
-    return Results(found, picks, page)
+        files.write_text(page, _page(bench, found, picks, figures, links, parts))
+    return Results(found, picks, page, parts)
 
 
 def _reports(bench: Bench) -> dict[str, str]:
@@ -79,7 +82,14 @@ def _is_base(bench: Bench, state: State) -> bool:
     return state.cell.variant.name == bench.grid.baseline
 
 
-def _page(bench: Bench, found: Any, picks: Any, figures: dict[str, Markup], links: dict[str, str]) -> str:
+def _page(
+    bench: Bench,
+    found: Any,
+    picks: Any,
+    figures: dict[str, Markup],
+    links: dict[str, str],
+    parts: dict[str, list[Shares]],
+) -> str:
     from holdtrue.runs.report.page import templates
 
     return (
@@ -91,6 +101,10 @@ def _page(bench: Bench, found: Any, picks: Any, figures: dict[str, Markup], link
             cells=len(bench.states),
             tables=[(table, printed.headings(table), printed.rows(table)) for table in found],
             note=printed.NOTE,
+            shares=[
+                (model, printed.share_headings(each[0]), printed.share_rows(each)) for model, each in parts.items()
+            ],
+            share_note=printed.SHARE_NOTE,
             picks=[each.text() for each in picks],
             figures=figures,
             states=bench.states,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from holdtrue.bench.grid import Bench
 from holdtrue.bench.spec import Variant
 from holdtrue.runs import Run
-from holdtrue.runs.report.cost import cost_of
+from holdtrue.runs.report.cost import Cost, cost_of
 from holdtrue.runs.report.measures import Estimate
 from holdtrue.runs.seeds import SeedMeasure, measure_group
 
@@ -41,7 +42,7 @@ class Entry:
     """A number of one row: its mean over seeds, and the mean change against the untouched model, with 95 % intervals.
 
     Attributes:
-        task: of the benign suite.
+        task: of the benign suite; of another, the file's name where the suite is measured on several.
         n: rows of one seed; ``seeds`` their number.
     """
 
@@ -59,7 +60,8 @@ class Group:
 
     Attributes:
         planned: seeds of the grid; ``runs`` those that are finished, seed by seed.
-        seconds: mean training time; ``cost`` its ratio to the baseline's, seed by seed on the same rows.
+        seconds: mean training time; ``cost`` its ratio to the baseline's, seed by seed on the same rows, in seconds of
+            the processor on a CPU.
     """
 
     model: str
@@ -72,10 +74,9 @@ class Group:
     cost: Estimate | None
 
     def entry(self, suite: str, metric: str, task: str = "") -> Entry | None:
-        """Return a number, if it was measured."""
-        return next(
-            (e for e in self.entries if (e.column.suite, e.column.metric, e.task) == (suite, metric, task)), None
-        )
+        """Return a number, if it was measured; without ``task`` that of the suite's first file."""
+        found = [e for e in self.entries if (e.column.suite, e.column.metric) == (suite, metric)]
+        return next((e for e in found if not task or e.task == task), None)
 
 
 class Table(NamedTuple):
@@ -88,9 +89,10 @@ class Table(NamedTuple):
     groups: tuple[Group, ...]
 
     def columns(self) -> list[tuple[Column, str]]:
-        """Return the columns that any row has, with the task of those of the benign suite."""
+        """Return the columns that any row has, with their tasks: those of the benign suite by name, files in order."""
         found = [(e.column, e.task) for each in (self.untouched, *(g.entries for g in self.groups)) for e in each]
-        return sorted(dict.fromkeys(found), key=lambda pair: (COLUMNS.index(pair[0]), pair[1]))
+        known = list(dict.fromkeys(found))
+        return sorted(known, key=lambda pair: (COLUMNS.index(pair[0]), pair[0].suite == "benign" and pair[1]))
 
 
 def summarize(bench: Bench) -> list[Table]:
@@ -131,7 +133,7 @@ def _group(model: str, data: str, variant: Variant, planned: int, runs: dict[int
         for seed, run in runs.items()
         if seed in base and base[seed].path != run.path
     ]
-    ratios = [own.seconds / other.seconds for own, other in pairs if own and other and other.seconds]
+    ratios = [_times(own, other) for own, other in pairs if own and other and other.seconds]
     return Group(
         model=model,
         data=data,
@@ -144,6 +146,13 @@ def _group(model: str, data: str, variant: Variant, planned: int, runs: dict[int
     )
 
 
+def _times(own: Cost, other: Cost) -> float:
+    """Return the ratio of training times: of the processor's seconds where both have them, else of the clock's."""
+    if own.cpu_seconds and other.cpu_seconds:
+        return own.cpu_seconds / other.cpu_seconds
+    return own.seconds / other.seconds
+
+
 def _entries(runs: Sequence[Run]) -> list[Entry]:
     measured = measure_group(runs)
     found: list[Entry] = []
@@ -152,8 +161,31 @@ def _entries(runs: Sequence[Run]) -> list[Entry]:
         for measure, record in ((m, _record(runs[0], m.suite, m.data_sha256)) for m in same):
             if not record["data"].get("of_spec", False):
                 continue  # measured by hand, on other rows than the grid's
-            found.append(_entry(column, measure, record.get("task", ""), len(runs)))
-    return found + _without_rows(runs)
+            found.append(_entry(column, measure, task_of(runs[0], record), len(runs)))
+    return _in_order(runs, found) + _without_rows(runs)
+
+
+def task_of(run: Run, record: Mapping[str, Any]) -> str:
+    """Return what tells a record from others of its suite: the benign task, or the file's name among several."""
+    if "task" in record:
+        return record["task"]
+    files = run.spec.evaluate.data.get(record["suite"], "")
+    return "" if isinstance(files, str) or len(files) < 2 else _name(files, record["data"]["path"])
+
+
+def _name(files: Sequence[str], file: str) -> str:
+    """Return what a file is called among others: by its name, or by its path where two have the same name."""
+    stem = Path(file.removeprefix("builtin:")).stem
+    return stem if [Path(f.removeprefix("builtin:")).stem for f in files].count(stem) < 2 else file
+
+
+def _in_order(runs: Sequence[Run], entries: Sequence[Entry]) -> list[Entry]:
+    """Return entries of a suite with several files in the spec's order of these; records lie by their hashes."""
+    places: dict[tuple[str, str], int] = {}
+    for suite, files in (runs[0].spec.evaluate.data if runs else {}).items():
+        if not isinstance(files, str):
+            places.update({(suite, name): n for n, name in enumerate(_name(files, file) for file in files)})
+    return sorted(entries, key=lambda e: (COLUMNS.index(e.column), places.get((e.column.suite, e.task), 0)))
 
 
 def _without_rows(runs: Sequence[Run]) -> list[Entry]:
@@ -198,11 +230,11 @@ def _untouched(runs: Sequence[Run]) -> tuple[Entry, ...]:
         records = [r for r in run.evaluations() if r["which"] == "untouched" and r["data"].get("of_spec", False)]
         for column in COLUMNS:
             for record in (r for r in records if r["suite"] == column.suite):
-                value, task = record.get(column.metric), record.get("task", "")
+                value, task = record.get(column.metric), task_of(run, record)
                 if value is not None and (column, task) not in found:
                     own = Estimate(value, _ends(record.get(f"{column.metric}_ci")))
                     found[column, task] = Entry(column, task, own, Estimate(0.0), record["n"], 1)
-    return tuple(found.values())
+    return tuple(_in_order(runs[:1], list(found.values())))
 
 
 def _over_seeds(values: Sequence[float]) -> Estimate | None:

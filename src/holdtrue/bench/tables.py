@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from holdtrue.bench.ratios import Ratio
+from holdtrue.bench.shares import Shares
 from holdtrue.bench.summary import Column, Entry, Group, Table
 from holdtrue.runs.report import numbers
 from holdtrue.runs.report.measures import Estimate
@@ -14,7 +16,12 @@ from holdtrue.runs.report.measures import Estimate
 NOTE = (
     "Means over seeds; in brackets 95 % intervals that allow for answers to one question (rows of one theme) being "
     "alike, and for other seeds. Below each, the change against the untouched model. Shares in percent, likelihoods in "
-    "nats per token. Time is a multiple of the undefended setting's."
+    "nats per token. Time is a multiple of the undefended setting's, on a CPU in seconds of the processor."
+)
+SHARES = "shares of what the undefended setting did"
+SHARE_NOTE = (
+    "Shares of what the undefended setting did, paired by row and seed, with Fieller's 95 % intervals; a share of a "
+    "change that is not clear of zero is left out."
 )
 
 
@@ -43,33 +50,57 @@ def rows(table: Table) -> list[tuple[str, list[Cell]]]:
     return found
 
 
-def markdown(tables: Sequence[Table]) -> str:
+def share_headings(each: Shares) -> list[str]:
+    """Return the columns' titles of a table of shares."""
+    return [share.title for share in each.shares] + [f"{data}: time" for data, _ in each.times]
+
+
+def share_rows(found: Sequence[Shares]) -> list[tuple[str, list[Cell]]]:
+    """Return each setting's name and cells; a share of a change that is not clear of zero is left empty."""
+    return [(s.setting, [_share(x.ratio) for x in s.shares] + [_times(t) for _, t in s.times]) for s in found]
+
+
+Found = Mapping[str, Sequence[Shares]]
+
+
+def markdown(tables: Sequence[Table], shares: Found | None = None) -> str:
     """Return the tables as GitHub's Markdown."""
-    parts: list[str] = []
-    for table in tables:
-        head = ["setting", *headings(table)]
-        lines = [f"## {_md(table.model)}, {_md(table.data)} ({table.learns})", ""]
-        lines += [f"| {' | '.join(map(_md, head))} |", f"|---|{'---:|' * (len(head) - 1)}"]
-        for name, cells in rows(table):
-            lines.append(f"| {' | '.join([_md(name), *(_lines(cell, '<br>', _md) for cell in cells)])} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join([*parts, NOTE]) + "\n"
+    parts = [
+        _markdown(f"{table.model}, {table.data} ({table.learns})", headings(table), rows(table)) for table in tables
+    ]
+    parts.append(NOTE)
+    for model, found in (shares or {}).items():
+        parts += [_markdown(f"{model}: {SHARES}", share_headings(found[0]), share_rows(found)), SHARE_NOTE]
+    return "\n\n".join(parts) + "\n"
 
 
-def latex(tables: Sequence[Table]) -> str:
+def latex(tables: Sequence[Table], shares: Found | None = None) -> str:
     """Return the tables as LaTeX; they need the packages ``booktabs`` and ``graphicx``."""
     parts = ["% needs \\usepackage{booktabs} and \\usepackage{graphicx}"]
     for table in tables:
-        head = ["setting", *headings(table)]
-        lines = ["\\begin{table}", "\\centering", "\\resizebox{\\linewidth}{!}{%"]
-        lines += [f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", "\\toprule"]
-        lines += [" & ".join(map(_tex, head)) + " \\\\", "\\midrule"]
-        for name, cells in rows(table):
-            lines.append(" & ".join([_tex(name), *(_stack(cell) for cell in cells)]) + " \\\\")
-        lines += ["\\bottomrule", "\\end{tabular}}"]
-        lines += [f"\\caption{{{_tex(f'{table.model}, {table.data} ({table.learns}). {NOTE}')}}}", "\\end{table}"]
-        parts.append("\n".join(lines))
+        caption = f"{table.model}, {table.data} ({table.learns}). {NOTE}"
+        parts.append(_latex(caption, headings(table), rows(table)))
+    for model, found in (shares or {}).items():
+        parts.append(_latex(f"{model}. {SHARE_NOTE}", share_headings(found[0]), share_rows(found)))
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown(title: str, columns: Sequence[str], body: Sequence[tuple[str, Sequence[Cell]]]) -> str:
+    lines = [f"## {_md(title)}", "", f"| {' | '.join(map(_md, ['setting', *columns]))} |"]
+    lines.append(f"|---|{'---:|' * len(columns)}")
+    for name, cells in body:
+        lines.append(f"| {' | '.join([_md(name), *(_lines(cell, '<br>', _md) for cell in cells)])} |")
+    return "\n".join(lines)
+
+
+def _latex(caption: str, columns: Sequence[str], body: Sequence[tuple[str, Sequence[Cell]]]) -> str:
+    lines = ["\\begin{table}", "\\centering", "\\resizebox{\\linewidth}{!}{%"]
+    lines += [f"\\begin{{tabular}}{{l{'r' * len(columns)}}}", "\\toprule"]
+    lines += [" & ".join(map(_tex, ["setting", *columns])) + " \\\\", "\\midrule"]
+    for name, cells in body:
+        lines.append(" & ".join([_tex(name), *(_stack(cell) for cell in cells)]) + " \\\\")
+    lines += ["\\bottomrule", "\\end{tabular}}", f"\\caption{{{_tex(caption)}}}", "\\end{table}"]
+    return "\n".join(lines)
 
 
 FIELDS: tuple[str, ...] = (
@@ -78,8 +109,11 @@ FIELDS: tuple[str, ...] = (
 )
 
 
-def as_csv(tables: Sequence[Table]) -> str:
-    """Return one line for each number, unrounded; shares from 0 to 1."""
+def as_csv(tables: Sequence[Table], shares: Found | None = None) -> str:
+    """Return one line for each number, unrounded; shares from 0 to 1.
+
+    A share of what the undefended setting did has its measure's name with ``_undone`` or ``_kept`` behind it.
+    """
     stream = io.StringIO()
     writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -97,6 +131,14 @@ def as_csv(tables: Sequence[Table]) -> str:
                     known = value if isinstance(value, Estimate) else Estimate(value)
                     line = {"criterion": "cost", "suite": "train", "metric": metric, "seeds": len(group.runs)}
                     writer.writerow({**about, **line, **_ends("", known)})
+    for model, found in (shares or {}).items():
+        for each in found:
+            for share in (s for s in each.shares if s.ratio.value is not None and s.ratio.usable):
+                assert share.ratio.value is not None
+                metric = f"{share.column.metric}_{'undone' if share.undone else 'kept'}"
+                about = {"model": model, "data": share.data, "setting": each.setting, "task": share.task}
+                about |= {"criterion": share.column.criterion, "suite": share.column.suite, "metric": metric}
+                writer.writerow({**about, **_ends("", share.ratio.value)})
     return stream.getvalue()
 
 
@@ -146,6 +188,16 @@ def _cost(group: Group) -> Cell:
         span = "" if ends is None else f"[{numbers.ratio(ends[0])}, {numbers.ratio(ends[1])}]"
         return Cell(numbers.ratio(group.cost.value), span)
     return Cell(numbers.NONE if group.seconds is None else f"{group.seconds:.0f} s")
+
+
+def _share(ratio: Ratio) -> Cell:
+    if ratio.value is None or not ratio.usable:
+        return Cell(numbers.NONE)
+    return Cell(numbers.share(ratio.value.value), numbers.share_span(ratio.value.interval))
+
+
+def _times(estimate: Estimate | None) -> Cell:
+    return Cell(numbers.NONE) if estimate is None else Cell(numbers.ratio(estimate.value))
 
 
 def _lines(cell: Cell, between: str, escape: Callable[[str], str]) -> str:

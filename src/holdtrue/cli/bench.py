@@ -30,10 +30,13 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="The folder [default: grids/NAME].", show_default=False)] = None,
     engine: Annotated[str, typer.Option(help="Where cells run: local, or ray.")] = "local",
     workers: Annotated[
-        int | None, typer.Option(help="Cells at a time [default: local 1, ray as many as fit].", show_default=False)
+        int | None, typer.Option(help="Cells at a time [default: as many as fit].", show_default=False)
     ] = None,
     address: Annotated[str, typer.Option(help="Of the Ray cluster: auto, local, or HOST:PORT.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and run nothing.")] = False,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Write the tables of what is done, and run nothing.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help=f"Run more than {MANY} cells without asking.")] = False,
     set_: Annotated[
         list[str] | None,
@@ -47,12 +50,16 @@ def bench(
     from holdtrue.bench import expand, fill, load_grid, look, write_results
 
     loaded = load_grid(grid, set_ or [])
-    chosen = _engine(engine, workers, address)
     cells = expand(loaded)
     folder = out or Path("grids") / grid.stem
     before = look(loaded, cells, folder)
+    chosen = _engine(engine, workers, address, before)
     if dry_run:
         return _dry_result(before, cells)
+    if tables:
+        if not before.done():
+            raise SpecError(f"no cell of {grid} is done in {before.out}, so there is nothing to write tables of")
+        return _result(before, write_results(before))
     _confirm(before, yes)
     say(f"grid: {before.out}, {len(cells)} cells, {before.counts['done']} done already")
     with stop_on_interrupt() as stop, ProgressView() as view:
@@ -66,11 +73,13 @@ def bench(
     return _result(filled, write_results(filled))
 
 
-def _engine(name: str, workers: int | None, address: str) -> Engine:
+def _engine(name: str, workers: int | None, address: str, before: Bench) -> Engine:
+    from holdtrue.bench.estimate import fitting_workers
     from holdtrue.engines import LocalEngine, RayEngine
 
     if name == "local":
-        return LocalEngine(1 if workers is None else workers)
+        left = [state.cell for state in before.states if state.status != "done"]
+        return LocalEngine(fitting_workers(_estimates(left)) if workers is None else workers)
     if name == "ray":
         return RayEngine(address, workers=workers)
     raise SpecError(f"--engine {name}: there are local and ray")
@@ -157,7 +166,7 @@ def _result(filled: Bench, results: Results) -> Result:
     def show(console: Console) -> None:
         from holdtrue.bench.tables import markdown
 
-        console.print(markdown(results.tables).replace("<br>", " "), markup=False, soft_wrap=True)
+        console.print(markdown(results.tables, results.shares).replace("<br>", " "), markup=False, soft_wrap=True)
         for each in results.picks:
             console.print(each.text(), markup=False)
         for state in failed:

@@ -1,6 +1,6 @@
 """Chat data: reading and checking it, encoding it with exact response masks, keeping it prepared on disk."""
 
-from holdtrue.data.builtins import builtin, builtin_names, resolve_data
+from holdtrue.data.builtins import builtin, builtin_name, builtin_names, resolve_data
 from holdtrue.data.chat import KINDS, ChatRow, ChatSummary, Message, read_chat, validate_chat
 from holdtrue.data.encode import ChatEncoder, Encoded
 from holdtrue.data.jsonl import json_name, read_jsonl, text_fault
@@ -16,6 +16,7 @@ __all__ = [
     "Message",
     "Prepared",
     "builtin",
+    "builtin_name",
     "builtin_names",
     "json_name",
     "load_prepared",

@@ -37,5 +37,10 @@ def resolve_data(value: str | Path, folder: str | Path) -> Path:
     return Path(folder) / Path(text).expanduser()
 
 
+def builtin_name(path: Path) -> str | None:
+    """Return ``builtin:NAME`` for a file that the package ships, ``None`` for any other."""
+    return f"{PREFIX}{path.stem}" if path.parent == _FOLDER else None
+
+
 def _files() -> dict[str, Path]:
     return {path.stem: path for path in _FOLDER.iterdir() if path.suffix in (".jsonl", ".yaml")}

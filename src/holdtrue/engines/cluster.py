@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -110,8 +112,20 @@ def _task(name: str, folder: str, spec: dict[str, Any]) -> Outcome:
     if not place.parent.is_dir():
         message = f"{place.parent} is not there on this node: give --out a path that every node shares"
         return Outcome(name, "failed", "SpecError", message)
+    with _stop_when_cancelled() as stop:
+        return work(Job(name, place, spec), None, stop)
+
+
+@contextlib.contextmanager
+def _stop_when_cancelled() -> Iterator[threading.Event]:
+    """Yield an event that a cancelled task's interrupt sets, so that the run saves its work before it ends."""
     stop = threading.Event()
-    return work(Job(name, place, spec), None, stop)
+    # Ray interrupts a worker's main thread, in which tasks run: a KeyboardInterrupt would end it between two saves.
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _outcome(reference: Any, job: Job) -> Outcome:

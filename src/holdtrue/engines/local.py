@@ -145,7 +145,9 @@ def _serve(pipe: Connection, beside: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     from holdtrue.engines.worker import work
+    from holdtrue.models import keep_base_model
 
+    keep_base_model()
     writing = threading.Lock()
 
     def tell(kind: str, value: Any) -> None:

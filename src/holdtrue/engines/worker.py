@@ -20,9 +20,8 @@ MESSAGE = 2000
 def work(job: Job, progress: Callable[[dict[str, Any]], None] | None, stop: threading.Event) -> Outcome:
     """Execute a job's run to its end; whatever goes wrong is the outcome, not an error.
 
-    The base model is loaded by the stages themselves, once for training and once for measuring
-    (``holdtrue.runs.train.train_stage``, ``holdtrue.runs.measure.Measurer.load``). Those two are the seam for a worker
-    that keeps it from one job to the next: it must hand out a model without adapter, hook or changed mode.
+    The stages take the base model from ``holdtrue.models.base_model``, once for training and once for measuring: a
+    worker that called ``keep_base_model`` loads its weights for the first job only.
     """
     started = time.perf_counter()
     try:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from holdtrue.models.checkpoint import Checkpoint, Factors
     from holdtrue.models.layers import adapted_weights, causal_lm, decoder_blocks
     from holdtrue.models.loading import Placement, load_model, load_tokenizer, placement
+    from holdtrue.models.reuse import base_model, keep_base_model
     from holdtrue.models.vectors import VectorFile, VectorInfo, read_vectors, write_vectors
 
 _LATE = {
@@ -36,6 +37,8 @@ _LATE = {
     "load_model": "loading",
     "load_tokenizer": "loading",
     "placement": "loading",
+    "base_model": "reuse",
+    "keep_base_model": "reuse",
     "VectorFile": "vectors",
     "VectorInfo": "vectors",
     "read_vectors": "vectors",
@@ -53,8 +56,10 @@ __all__ = [
     "VectorFile",
     "VectorInfo",
     "adapted_weights",
+    "base_model",
     "causal_lm",
     "decoder_blocks",
+    "keep_base_model",
     "load_adapter",
     "load_model",
     "load_tokenizer",

@@ -57,10 +57,10 @@ class Measurer:
 
     def load(self, adapter: Path | None) -> None:
         """Load the model if it is not there, and put the adapter on it; an adapter is never taken off again."""
-        from holdtrue.models import load_adapter, load_model, load_tokenizer
+        from holdtrue.models import base_model, load_adapter, load_tokenizer
 
         if self._model is None:
-            self._model, self._tokenizer = load_model(self.source), load_tokenizer(self.source)
+            self._model, self._tokenizer = base_model(self.source), load_tokenizer(self.source)
         if adapter is not None and self._adapter is None:
             self._model, self._adapter = load_adapter(self._model, adapter), adapter
         assert self._adapter == adapter

@@ -17,7 +17,7 @@ from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
 from holdtrue.runs.probe import check_probes
 from holdtrue.runs.spec import RunSpec
-from holdtrue.runs.tasks import HOLDOUT, check_asking, suite_source
+from holdtrue.runs.tasks import HOLDOUT, check_asking, suite_sources
 
 if TYPE_CHECKING:
     from holdtrue.data import ChatRow, ChatSummary, Message, Prepared
@@ -44,7 +44,8 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
         _split_off(run, splits["train"])
     for name in spec.evaluate.suites:
         if check := SUITES[name].check:
-            check(suite_source(spec, name, run))
+            for source in suite_sources(spec, name, run):
+                check(source)
     check_asking(spec)
     check_probes(spec)
     control.check(run.path)

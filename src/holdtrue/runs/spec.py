@@ -53,7 +53,8 @@ class EvaluateSpec(BaseModel):
     Attributes:
         suites: names of suites; empty means ``likelihood``, ``general`` and ``conditional``, with ``fit`` and
             ``in_domain`` where there are held-out rows and ``benign`` where a task is named.
-        data: suite -> a file (or ``builtin:NAME``) in place of the suite's own.
+        data: suite -> a file (or ``builtin:NAME``) in place of the suite's own. Suites that score given answers take
+            several in a list, each measured by itself; the first is what a table of one column shows.
         benign: benign tasks, such as ``opswap:1``, ``gsm8k:FILE`` or ``lm_eval:arc_easy``.
         sampling: how answers are sampled.
         judge: who scores them.
@@ -62,7 +63,7 @@ class EvaluateSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     suites: tuple[str, ...] = ()
-    data: dict[str, str] = Field(default_factory=dict)
+    data: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
     benign: tuple[str, ...] = ()
     sampling: SamplingSpec = Field(default_factory=SamplingSpec)
     judge: str = Field(default="offline", min_length=1)
@@ -129,7 +130,7 @@ class RunSpec(BaseModel):
         if data.holdout and data.validation is not None:
             raise ValueError("data: holdout splits rows off where there is no validation file; set one of the two")
         held_out = data.validation is not None or data.holdout > 0
-        files = {suite: _place(value, folder) for suite, value in self.evaluate.data.items()}
+        files = {suite: _places(value, folder) for suite, value in self.evaluate.data.items()}
         benign = tuple(_benign_place(task, folder) for task in self.evaluate.benign)
         suites = self.evaluate.suites or _default_suites(files, held_out, bool(benign))
         _check_suites(suites, files)
@@ -211,13 +212,17 @@ def _place(value: str | None, folder: Path) -> Any:
     return value if value.startswith(BUILTIN) else str(path)
 
 
+def _places(value: str | Sequence[str], folder: Path) -> Any:
+    return _place(value, folder) if isinstance(value, str) else tuple(_place(each, folder) for each in value)
+
+
 def _model_path(value: str, folder: Path) -> str:
     place = folder / Path(value).expanduser()
     looks_local = value.startswith((".", "/", "~"))
     return str(place) if looks_local or (place / "config.json").is_file() else value
 
 
-def _default_suites(files: Mapping[str, str], held_out: bool, benign: bool) -> tuple[str, ...]:
+def _default_suites(files: Mapping[str, Any], held_out: bool, benign: bool) -> tuple[str, ...]:
     wanted = {
         "likelihood": True,
         "fit": held_out or "fit" in files,
@@ -238,7 +243,7 @@ def _benign_place(task: str, folder: Path) -> str:
     return str(_place(task, folder)) if kind == "exact" else task
 
 
-def _check_suites(suites: Sequence[str], files: Mapping[str, str]) -> None:
+def _check_suites(suites: Sequence[str], files: Mapping[str, str | Sequence[str]]) -> None:
     from holdtrue.evaluation import SUITES
 
     for where, names in (("evaluate.suites", suites), ("evaluate.data", files)):
@@ -247,6 +252,15 @@ def _check_suites(suites: Sequence[str], files: Mapping[str, str]) -> None:
                 raise ValueError(f"{where}: no suite {name!r}{nearest(name, SUITES)}; there are {', '.join(SUITES)}")
     if len(set(suites)) < len(suites):
         raise ValueError("evaluate.suites: a suite is named twice")
+    for name, value in files.items():
+        if isinstance(value, str):
+            continue
+        if SUITES[name].prompts is not None or name == "benign":
+            raise ValueError(
+                f"evaluate.data.{name}: this suite samples, and takes one file; lists are for given answers"
+            )
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"evaluate.data.{name}: give at least one file, each once")
 
 
 def explain(error: ValidationError, root: type[BaseModel], what: str = "spec") -> str:

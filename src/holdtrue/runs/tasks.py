@@ -123,13 +123,13 @@ def tasks_of_run(
     own = options_of(spec)
     as_asked = {name for name in spec.evaluate.suites if name not in given} if options in (None, own) else set()
 
-    def place(name: str) -> Path:
-        return _place(given[name], Path.cwd()) if name in given else suite_source(spec, name, run)
+    def places(name: str) -> tuple[Path, ...]:
+        return (_place(given[name], Path.cwd()),) if name in given else suite_sources(spec, name, run)
 
     return _tasks(
         suites or spec.evaluate.suites,
         options or own,
-        place=place,
+        places=places,
         train=lambda: training_file(run),
         benign=benign or spec.evaluate.benign,
         of_spec=as_asked - {"benign"} if benign else as_asked,
@@ -141,27 +141,27 @@ def tasks_of_target(
 ) -> list[Task]:
     """Return what to measure on a model or an adapter that belongs to no run."""
 
-    def place(name: str) -> Path:
+    def places(name: str) -> tuple[Path, ...]:
         value = data.get(name) or suite_of(name).data
         if value is None:
             raise SpecError(f"suite {name!r} has no rows of its own: name a file with --data")
-        return _place(value, Path.cwd())
+        return (_place(value, Path.cwd()),)
 
-    return _tasks(suites, options, place=place, train=lambda: None, benign=benign, of_spec=frozenset())
+    return _tasks(suites, options, places=places, train=lambda: None, benign=benign, of_spec=frozenset())
 
 
-def suite_source(spec: RunSpec, name: str, run: Run | None = None) -> Path:
-    """Return the file that a spec's suite is measured on."""
+def suite_sources(spec: RunSpec, name: str, run: Run | None = None) -> tuple[Path, ...]:
+    """Return the files that a spec's suite is measured on, one after the other."""
     value = spec.evaluate.data.get(name) or suite_of(name).data
     if value is None and name in ("fit", "in_domain"):
         held_out = None if run is None else run.path / HOLDOUT
         if spec.data.validation is not None:
             value = spec.data.validation
         elif spec.data.holdout and held_out is not None:
-            return held_out
+            return (held_out,)
     if value is None:
         raise SpecError(f"suite {name!r} needs rows: --data FILE, or evaluate.data.{name} in the spec")
-    return _place(value, spec.folder)
+    return tuple(_place(each, spec.folder) for each in ((value,) if isinstance(value, str) else value))
 
 
 def check_asking(spec: RunSpec) -> None:
@@ -209,7 +209,7 @@ def _tasks(
     suites: Sequence[str],
     options: Options,
     *,
-    place: Callable[[str], Path],
+    places: Callable[[str], tuple[Path, ...]],
     train: Callable[[], Path | None],
     benign: Sequence[str],
     of_spec: Collection[str],
@@ -223,10 +223,9 @@ def _tasks(
                 raise SpecError("suite 'benign' needs a task: --benign opswap:1, for one, or evaluate.benign in a spec")
             tasks += [_benign(task, options, own) for task in benign]
         elif suite.prompts is None:
-            source = place(name)
-            tasks.append(Task(name, str(source), sha256_of(source), own))
+            tasks += [Task(name, str(source), sha256_of(source), own) for source in places(name)]
         else:
-            source = str(place(name))
+            source = str(places(name)[0])
             rows = (options.train or train()) if name == "conditional" else None
             prompts = suite.prompts(Material(source, rows))
             judge = judge or options.load_judge()

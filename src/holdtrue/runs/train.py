@@ -32,14 +32,14 @@ def pinned_model(run: Run) -> ModelSource:
 def train_stage(run: Run, control: Control) -> dict[str, Any]:
     """Train; writes ``checkpoints/``, ``metrics.jsonl`` and, at the end, ``adapter_raw/``."""
     from holdtrue.data import load_prepared
-    from holdtrue.models import load_model, load_tokenizer, new_adapter, save_adapter
+    from holdtrue.models import base_model, load_tokenizer, new_adapter, save_adapter
     from holdtrue.training import fit
 
     spec = run.spec
     source = pinned_model(run)
     for defense in spec.defenses:
         defense.still_met(run.manifest["defenses"].get(defense.name, {}))
-    base = load_model(source)
+    base = base_model(source)
     with _reference_cache(run, source, base) as cache:
         model = new_adapter(base, spec.adapter, seed=spec.training.seed)
         tokenizer = load_tokenizer(source)

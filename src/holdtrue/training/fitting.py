@@ -111,7 +111,7 @@ def fit(
         verify(saved[-1])
     start_step = int(saved[-1].name.rsplit("-", 1)[1]) if saved else 0
     main = int(os.environ.get("RANK", "0")) == 0
-    recorder = _Recorder(folder / "metrics.jsonl" if main else None, start_step, progress, stop)
+    recorder = _Recorder(folder / "metrics.jsonl" if main else None, start_step, progress, stop, device.type == "cpu")
     trainer = DefendedTrainer(
         model,
         arguments,
@@ -170,15 +170,24 @@ def _printer() -> type[TrainerCallback]:
 class _Recorder(TrainerCallback):
     """Appends each step's metrics to a file, tells the progress, and stops the loop when asked to."""
 
-    def __init__(self, path: Path | None, start_step: int, progress: Progress | None, stop: Event | None) -> None:
-        self._path, self._progress, self._stop = path, progress, stop
+    def __init__(
+        self, path: Path | None, start_step: int, progress: Progress | None, stop: Event | None, on_cpu: bool
+    ) -> None:
+        self._path, self._progress, self._stop, self._on_cpu = path, progress, stop, on_cpu
+        self._cpu = 0.0
         self._started, self._first = time.perf_counter(), start_step
         self._kept = self._keep_until(start_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._cpu = time.process_time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
         record = {"step": state.global_step, **logs}
+        if self._on_cpu and "loss" in logs:
+            # What the step itself took, however much of the processor others had meanwhile.
+            record["cpu_seconds"] = time.process_time() - self._cpu
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -204,6 +213,7 @@ class _Recorder(TrainerCallback):
             "tokens": int(tokens),
             "target_tokens": int(sum(r["target_tokens"] for r in steps)),
             "seconds": seconds,
+            **({"cpu_seconds": sum(r["cpu_seconds"] for r in steps)} if all("cpu_seconds" in r for r in steps) else {}),
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "padding": 1 - tokens / slots if slots else 0.0,
         }
