@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ JSON_BYTES = 4 * 2**20
 """Largest body that is not an upload."""
 _DRAIN_BYTES = 64 * 2**20
 _DRAIN_SECONDS = 10.0
+_ID = re.compile(r"[a-z]{3,8}-[A-Za-z0-9]{24}")
 log = structlog.get_logger("holdtrue.api")
 
 
@@ -70,7 +72,7 @@ class Edge:
             "route": route,  # not the path: that may carry what a customer wrote
             "status": status,
             "ms": round(seconds * 1000, 1),
-            **{f"path_{name}": str(value)[:100] for name, value in scope.get("path_params", {}).items()},
+            **{name: value for name, value in scope.get("path_params", {}).items() if _ID.fullmatch(str(value))},
             "key_id": principal.key_id if principal else None,
             "project_id": principal.project_id if principal else None,
         }

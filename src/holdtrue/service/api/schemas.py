@@ -311,3 +311,8 @@ class JobCheckpoint(Answer):
     metrics: CheckpointMetrics
     step_number: int
     usable: StrictBool
+
+
+def plain_query(text: str) -> str:
+    """Return a query's text without NUL, which no database takes in a comparison and no stored text has."""
+    return text.replace("\0", "�")

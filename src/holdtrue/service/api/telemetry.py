@@ -1,0 +1,51 @@
+"""Logs and traces of the API process: request ids and kinds, and nothing that a customer wrote."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib.metadata import entry_points
+
+import structlog
+from fastapi import FastAPI
+
+_ASKED = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+def set_up_logs() -> None:
+    """Write logs to stderr: a line of JSON each, or for people where a terminal reads them."""
+    people = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            # Both escape line breaks and control characters: no value can look like another line.
+            structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def tracing_asked() -> bool:
+    """Whether OpenTelemetry's own variables ask for traces."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    return any(os.environ.get(name, "") not in ("", "none") for name in _ASKED)
+
+
+def instrument(app: FastAPI) -> None:
+    """Trace requests where the environment asks for it, with the exporter that it names."""
+    if not tracing_asked():
+        return
+    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+    os.environ.setdefault("OTEL_SERVICE_NAME", "holdtrue-api")
+    for name in ("OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"):
+        os.environ.setdefault(name, "none")
+    for entry in entry_points(group="opentelemetry_configurator", name="configurator"):
+        entry.load()().configure()
+    FastAPIInstrumentor.instrument_app(app, excluded_urls="healthz,readyz,metrics")
