@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from typing import Any
 
 import structlog
@@ -142,12 +143,7 @@ class _Exchange:
         await self._send(message)
 
 
-def _place(error: BaseException | None) -> str | None:
-    if error is None or error.__traceback__ is None:
-        return None
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
-
-
+def _place(error: BaseException | None) -> list[str]:
+    """Return where an exception came from: its innermost frames, and none of its values."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:] if error is not None else []
+    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames]

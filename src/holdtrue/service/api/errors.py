@@ -119,6 +119,7 @@ def _of_validation(found: Sequence[Any]) -> ApiError:
     kind, loc = first["type"], [str(part) for part in first["loc"] if not isinstance(part, int)]
     where, path = (loc[0], loc[1:]) if loc else ("body", [])
     # A union's branches stand in the location as well: "tagged-union[…]", "literal['auto']", "int".
+    path = path[:-2] if path[-1:] == ["[key]"] else path  # a key that is wrong is a fault of the whole
     path = [part for part in path if part.replace("_", "").isalnum() and part not in ("int", "float", "str")]
     param = ".".join(path) or None
     if kind == "json_invalid" or (where == "body" and not path and kind in ("missing", "model_attributes_type")):

@@ -251,9 +251,10 @@ def file_content(file_id: str, parts: PartsDep, caller: FilesRead) -> StreamingR
     """Return a file's content."""
     with parts.db.read() as session:
         row = get_file(session, caller.project_id, file_id)
-    if row.blob is None or not parts.blobs.exists(row.blob):
+        key, size, filename = row.blob, row.bytes, row.filename
+    if key is None or not parts.blobs.exists(key):
         raise not_found("content of File object", file_id)
-    stream = parts.blobs.open(row.blob)
+    stream = parts.blobs.open(key)
 
     def chunks() -> Iterator[bytes]:
         with stream:
@@ -261,7 +262,7 @@ def file_content(file_id: str, parts: PartsDep, caller: FilesRead) -> StreamingR
                 yield chunk
 
     headers = {
-        "content-length": str(row.bytes),
-        "content-disposition": f"attachment; filename*=UTF-8''{quote(row.filename, safe='')}",
+        "content-length": str(size),
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
     }
     return StreamingResponse(chunks(), headers=headers, media_type="application/octet-stream")

@@ -9,7 +9,7 @@ from typing import IO, cast
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock, ids, quotas
@@ -163,9 +163,8 @@ def complete_upload(
         if row.status == "completed":
             return _wire(session, row)
         _pending(row)
-        known = {
-            part.id: part for part in session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
-        }
+        query = select(UploadPart.id, UploadPart.blob, UploadPart.bytes).where(UploadPart.upload_id == upload_id)
+        known = {part.id: part for part in session.execute(query)}
         expected, filename, purpose, expires = row.bytes, row.filename, row.purpose, row.file_expires_after
     for part_id in body.part_ids:
         if part_id not in known:
@@ -216,14 +215,12 @@ def cancel_upload(upload_id: str, parts: PartsDep, caller: FilesWrite) -> schema
 
 def _drop_parts(parts: Parts, upload_id: str) -> None:
     with parts.db.read() as session:
-        rows = list(session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id)))
+        query = select(UploadPart.id, UploadPart.blob).where(UploadPart.upload_id == upload_id)
+        rows = session.execute(query).all()
     for row in rows:
         parts.blobs.delete(row.blob)
     with parts.db.write() as session:
-        for row in rows:
-            found = session.get(UploadPart, row.id)
-            if found is not None:
-                session.delete(found)
+        session.execute(delete(UploadPart).where(UploadPart.id.in_([row.id for row in rows])))
 
 
 class _Joined:
