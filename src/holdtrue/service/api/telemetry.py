@@ -28,6 +28,17 @@ def set_up_logs() -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
+
+
+class _Libraries(logging.Handler):
+    """What libraries warn of: which one, where, and its text before any value was put into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "error" if record.levelno >= logging.ERROR else "warning"
+        kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+        where = f"{record.filename}:{record.lineno}"
+        getattr(structlog.get_logger(record.name), level)("library", template=str(record.msg)[:200], at=where, error=kind)
 
 
 def tracing_asked() -> bool:
