@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import secrets
 import socket
 import sys
@@ -121,8 +120,8 @@ def _run_api(settings: ServiceSettings, sock: socket.socket) -> None:
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_GRACE,
     )
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[sock])
+    stop_event()  # uvicorn hands a signal on once it has stopped in order; without this it would end as if killed
+    uvicorn.Server(config).run(sockets=[sock])
 
 
 def _supervise(settings: ServiceSettings, sock: socket.socket) -> None:

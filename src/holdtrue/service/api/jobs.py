@@ -81,9 +81,10 @@ def wire(row: Job, metadata: Mapping[str, str]) -> schemas.FineTuningJob:
 
 def _metadata(session: Session, job_ids: list[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {job_id: {} for job_id in job_ids}
-    for row in session.scalars(select(JobMetadata).where(JobMetadata.job_id.in_(job_ids)).order_by(JobMetadata.key)):
-        found[row.job_id][row.key] = row.value
-    return found
+    if job_ids:
+        for row in session.scalars(select(JobMetadata).where(JobMetadata.job_id.in_(job_ids))):
+            found[row.job_id][row.key] = row.value
+    return {job_id: dict(sorted(pairs.items())) for job_id, pairs in found.items()}
 
 
 def _wire_one(session: Session, row: Job) -> schemas.FineTuningJob:
@@ -298,7 +299,8 @@ def list_checkpoints(
         owned = JobCheckpoint.job_id == job.id
         found = take(session, JobCheckpoint, select(JobCheckpoint).where(owned), owned=owned, after=after, limit=limit)
         wanted = [row.model_id for row in found.rows if row.model_id is not None]
-        ready = set(session.scalars(select(Model.id).where(Model.id.in_(wanted), Model.status == "ready")))
+        query = select(Model.id).where(Model.id.in_(wanted), Model.status == "ready")
+        ready = set(session.scalars(query)) if wanted else set()
         items = [
             schemas.JobCheckpoint(
                 id=row.id,
