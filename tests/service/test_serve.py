@@ -36,7 +36,18 @@ def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path):
     for number in range(2):
         out = tmp_path / f"out{number}"
         process = subprocess.Popen(
-            [sys.executable, "-m", "holdtrue.cli.main", "serve", "--role", "api", "--port", "0", "--home", tmp_path / "h"],
+            [
+                sys.executable,
+                "-m",
+                "holdtrue.cli.main",
+                "serve",
+                "--role",
+                "api",
+                "--port",
+                "0",
+                "--home",
+                tmp_path / "h",
+            ],
             stdout=out.open("wb"),
             stderr=subprocess.DEVNULL,
         )
@@ -86,7 +97,12 @@ def test_bad_settings_are_named(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_settings_survive_the_way_through_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = ServiceSettings(
-        home=tmp_path, port=7, behind_tls=True, inference_secret="s", limits={"jobs_active": 3}, signing_key=tmp_path / "k"
+        home=tmp_path,
+        port=7,
+        behind_tls=True,
+        inference_secret="s",
+        limits={"jobs_active": 3},
+        signing_key=tmp_path / "k",
     )
     for name, value in environment(made).items():
         monkeypatch.setenv(name, value)

@@ -96,9 +96,13 @@ def _new_key(values: dict[str, Any], secret: str) -> Result:
 @keys.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
-    project: Annotated[str | None, typer.Option(help="The project's id [default: the first].", show_default=False)] = None,
+    project: Annotated[
+        str | None, typer.Option(help="The project's id [default: the first].", show_default=False)
+    ] = None,
     role: Annotated[str, typer.Option(help="member, admin or provider.")] = "member",
-    scope: Annotated[list[str] | None, typer.Option(help="What it may do; again for more [default: all of its role].")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="What it may do; again for more [default: all of its role].")
+    ] = None,
     days: Annotated[int | None, typer.Option(min=1, max=3660, help="When it expires [default: never].")] = None,
     home: Home = None,
     database_url: DatabaseUrl = None,
@@ -135,7 +139,9 @@ def list_keys(
 
     with _opened(home, database_url) as session:
         rows = [_key_values(row) for row in auth.keys_of(session, project)]
-    return _table(rows, ("id", "project_id", "name", "shown", "role", "scopes", "expires_at", "revoked_at", "last_used_at"))
+    return _table(
+        rows, ("id", "project_id", "name", "shown", "role", "scopes", "expires_at", "revoked_at", "last_used_at")
+    )
 
 
 def _find(session: Session, key_id: str) -> ApiKey:
@@ -245,14 +251,18 @@ def list_projects(home: Home = None, database_url: DatabaseUrl = None, as_json: 
     from holdtrue.service.store.schema import Project
 
     with _opened(home, database_url) as session:
-        rows = [_project_values(row) for row in session.scalars(select(Project).order_by(Project.created_at, Project.id))]
+        rows = [
+            _project_values(row) for row in session.scalars(select(Project).order_by(Project.created_at, Project.id))
+        ]
     return _table(rows, ("id", "organization_id", "name", "limits", "created_at"))
 
 
 @projects.command("limits")
 def project_limits(
     project: Annotated[str, typer.Argument(help="The project's id.")],
-    limit: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER; again for more. None given: the service's.")] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=NUMBER; again for more. None given: the service's.")
+    ] = None,
     home: Home = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,

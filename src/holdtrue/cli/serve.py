@@ -37,7 +37,9 @@ def settings_with(**options: Any) -> ServiceSettings:
 
 def serve(
     home: Home = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].", show_default=False)] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].", show_default=False)
+    ] = None,
     port: Annotated[int | None, typer.Option(help="0 takes a free one [default: 8000].", show_default=False)] = None,
     role: Annotated[str, typer.Option(help="all, api, dispatcher, worker or inference.")] = "all",
     database_url: DatabaseUrl = None,

@@ -23,7 +23,7 @@ _LOCK = 0x686F6C64
 
 
 class Verdict(NamedTuple):
-    """What checking the chain found: how many entries, the last one's digest, and the first broken ``seq`` or ``None``."""
+    """What a check found: how many entries, the last good digest, and the first broken ``seq`` or ``None``."""
 
     entries: int
     head: str

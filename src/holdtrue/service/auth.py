@@ -18,7 +18,7 @@ from holdtrue.service import ids
 from holdtrue.service.store.schema import ApiKey, Project
 
 Role = Literal["member", "admin", "provider"]
-"""``member`` uses a project; ``admin`` also has its keys; ``provider`` has the whole service, its policies and gates."""
+"""``member`` uses a project; ``admin`` also has its keys; ``provider`` has the whole service."""
 Scope = Literal[
     "files.read",
     "files.write",

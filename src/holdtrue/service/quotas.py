@@ -101,7 +101,7 @@ def used_today(session: Session, project_id: str, *, now: int) -> dict[str, int]
     rows = session.execute(
         select(Usage.counter, Usage.amount).where(Usage.project_id == project_id, Usage.day == today(now))
     )
-    return {counter: amount for counter, amount in rows}
+    return {row.counter: row.amount for row in rows}
 
 
 def stored_bytes(session: Session, project_id: str) -> int:

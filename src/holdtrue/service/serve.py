@@ -60,7 +60,7 @@ def check_exposure(settings: ServiceSettings) -> None:
     """Refuse an address that others can reach, unless somebody said that TLS is in front of it."""
     if not is_loopback(settings.host) and not settings.behind_tls:
         raise SpecError(
-            f"host {settings.host!r} can be reached from other machines, and keys would cross the network in the clear: "
+            f"host {settings.host!r} can be reached from other machines, and keys would cross the network in clear: "
             "put a proxy with TLS in front and say --behind-tls, or listen on 127.0.0.1"
         )
 
@@ -68,7 +68,9 @@ def check_exposure(settings: ServiceSettings) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one. ``RunError`` where it cannot be had."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
+        )
     except OSError as error:
         raise RunError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from None
 

@@ -135,7 +135,8 @@ def test_bodies_that_explode(http: httpx.Client):
         b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\ncut',
         b'--B\r\nContent-Disposition: form-data; name="file"\r\n\r\nno file\r\n--B--\r\n',
         b"--B\r\n" + b"X: " + b"y" * 20_000 + b"\r\n\r\nx\r\n--B--\r\n",
-        b"".join(b'--B\r\nContent-Disposition: form-data; name="%d"\r\n\r\nx\r\n' % i for i in range(99)) + b"--B--\r\n",
+        b"".join(b'--B\r\nContent-Disposition: form-data; name="%d"\r\n\r\nx\r\n' % i for i in range(99))
+        + b"--B--\r\n",
         b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n' + b"x" * 20_000 + b"\r\n--B--\r\n",
         b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n\xff\r\n--B--\r\n',
         b"\r\n" * 1000,

@@ -47,8 +47,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
             insert(File),
             [
                 {
-                    "id": ids.new("file"), "project_id": project.id, "filename": "r.csv", "purpose": "fine-tune-results",
-                    "bytes": 1, "sha256": "0" * 64, "blob": None, "status": "processed", "created_at": number,
+                    "id": ids.new("file"), "project_id": project.id, "filename": "r.csv", "bytes": 1,
+                    "purpose": "fine-tune-results", "sha256": "0" * 64, "blob": None, "status": "processed", "created_at": number,
                 }
                 for number in range(MANY)
             ],
@@ -128,5 +128,3 @@ def test_a_read_is_quick(client: TestClient, path: str):
         client.get(path)
         times.append(time.perf_counter() - began)
     assert min(times) < 0.1
-
-

@@ -94,9 +94,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("method", "path"), [route for route in ROUTES if "{" in route[1]])
-def test_a_stranger_finds_nothing(
-    server: Server, owned: dict[str, str], strangers_key: str, method: str, path: str
-):
+def test_a_stranger_finds_nothing(server: Server, owned: dict[str, str], strangers_key: str, method: str, path: str):
     def ask(key: str, values: dict[str, str]) -> httpx.Response:
         url = server.url.removesuffix("/v1") + path.replace(":path", "").format(**values)
         return httpx.request(method, url, headers={"authorization": f"Bearer {key}"}, **BODIES.get(path, {}))
@@ -185,9 +183,18 @@ def test_a_model_that_is_not_released_is_not_there(server: Server, owned: dict[s
     with server.db.write() as session:
         session.add(
             Model(
-                id=ids.new("model"), name=name, project_id=owned["project_id"], kind="tuned", status=status,
-                base_model=BASE, job_id=None, adapter="a", adapter_digest="1" * 64, created_at=1, deleted_at=None,
-            )  # fmt: skip
+                id=ids.new("model"),
+                name=name,
+                project_id=owned["project_id"],
+                kind="tuned",
+                status=status,
+                base_model=BASE,
+                job_id=None,
+                adapter="a",
+                adapter_digest="1" * 64,
+                created_at=1,
+                deleted_at=None,
+            )
         )
     headers = {"authorization": f"Bearer {server.key}"}
     assert name not in httpx.get(f"{server.url}/models", headers=headers).text

@@ -195,7 +195,9 @@ def create_key(body: KeyCreate, parts: PartsDep, caller: Admin) -> KeyWithSecret
     """Make a key; this answer is the only one that has it."""
     now = clock.now()
     scopes: list[Any] = list(body.scopes) or [
-        scope for scope in auth.SCOPES if scope in caller.principal.scopes and (scope != "admin" or body.role != "member")
+        scope
+        for scope in auth.SCOPES
+        if scope in caller.principal.scopes and (scope != "admin" or body.role != "member")
     ]
     _within(caller, body.role, scopes)
     with parts.db.write() as session:

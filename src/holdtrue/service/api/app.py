@@ -70,9 +70,7 @@ def _routers() -> list[APIRouter]:
 def _document(app: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI document: FastAPI's, without the 422 that is never answered here."""
     if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path in document["paths"].values():
             for operation in path.values():
                 operation.get("responses", {}).pop("422", None)

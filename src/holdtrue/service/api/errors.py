@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -104,6 +106,10 @@ def translate(error: Exception) -> ApiError:
             return _of_http(error)
         case SpecError():
             return invalid(str(error))
+        case OperationalError():
+            return _unavailable("The service cannot reach its database at the moment")
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return _unavailable("The service has no room left at the moment")
         case _:
             return ApiError(
                 500,
@@ -112,6 +118,11 @@ def translate(error: Exception) -> ApiError:
                 type="server_error",
                 code="internal_error",
             )
+
+
+def _unavailable(message: str) -> ApiError:
+    headers = {"retry-after": "5"}
+    return ApiError(503, f"{message}; try again", type="server_error", code="unavailable", headers=headers)
 
 
 def _of_validation(found: Sequence[Any]) -> ApiError:
@@ -144,7 +155,10 @@ def _of_http(error: HTTPException) -> ApiError:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    return respond(translate(error))
+    told = translate(error)
+    if told.status >= 500:
+        raise error  # the edge answers it, and has it for the log
+    return respond(told)
 
 
 def install(app: FastAPI) -> None:
@@ -155,5 +169,5 @@ def install(app: FastAPI) -> None:
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the error answers of a route for the OpenAPI document; those of every route are always in."""
-    every = {400, 401, 403, 404, 413, 429, 500, *statuses}
+    every = {400, 401, 403, 404, 413, 429, 500, 503, *statuses}
     return {status: {"model": ErrorBody} for status in sorted(every)}

@@ -219,9 +219,10 @@ def delete_file(file_id: str, parts: PartsDep, caller: FilesWrite) -> schemas.Fi
                 code="file_in_use",
                 headers={"x-should-retry": "false"},
             )
-        row.deleted_at, row.filename = clock.now(), ""
+        now = clock.now()
+        row.deleted_at, row.filename = now, ""
         key = row.blob
-        audit.add(session, caller.principal.key_id, "file.delete", row.id, now=row.deleted_at)
+        audit.add(session, caller.principal.key_id, "file.delete", row.id, now=now)
     if key is not None:
         forget(parts, file_id, key)
     return schemas.FileDeleted(id=file_id, deleted=True)

@@ -117,7 +117,9 @@ def _wishes(body: schemas.JobCreate) -> tuple[str, dict[str, Any]]:
     new = method.supervised.hyperparameters if method is not None and method.supervised is not None else None
     old = body.hyperparameters
     if new is not None and old is not None and new != old:
-        raise invalid("hyperparameters are given twice and differ; give them under method.supervised", "hyperparameters")
+        raise invalid(
+            "hyperparameters are given twice and differ; give them under method.supervised", "hyperparameters"
+        )
     chosen = new if new is not None else old
     values = {} if chosen is None else chosen.model_dump(exclude_none=True)
     return ("" if new is None else "method.supervised."), {
@@ -268,9 +270,7 @@ def list_events(
         found = take(session, JobEvent, select(JobEvent).where(owned), owned=owned, after=after, limit=limit)
         names = ("id", "created_at", "level", "message", "type")
         items = [
-            schemas.JobEvent.model_validate(
-                {**{name: getattr(row, name) for name in names}, "data": finite(row.data)}
-            )
+            schemas.JobEvent.model_validate({**{name: getattr(row, name) for name in names}, "data": finite(row.data)})
             for row in found.rows
         ]
         return page(items, found.more)

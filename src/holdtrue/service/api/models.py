@@ -22,7 +22,7 @@ Name = Annotated[str, Path(max_length=LONGEST, description="The model's name.")]
 
 
 def usable(project_id: str) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions under which a model is there for a tenant: released, and a base model or the tenant's own."""
+    """Return when a model is there for a tenant: once released, and if it is a base model or the tenant's own."""
     return (Model.status == "ready", or_(Model.project_id.is_(None), Model.project_id == project_id))
 
 
@@ -107,6 +107,7 @@ def delete_model(model: Name, parts: PartsDep, caller: ModelsWrite) -> schemas.M
                 code="model_in_use",
                 headers={"x-should-retry": "false"},
             )
-        row.status, row.deleted_at = "deleted", clock.now()
-        audit.add(session, caller.principal.key_id, "model.delete", row.id, now=row.deleted_at)
+        now = clock.now()
+        row.status, row.deleted_at = "deleted", now
+        audit.add(session, caller.principal.key_id, "model.delete", row.id, now=now)
         return schemas.ModelDeleted(id=row.name, deleted=True)

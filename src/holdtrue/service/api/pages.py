@@ -1,4 +1,4 @@
-"""Pages of lists: a cursor stands on the order of arrival, so that a page is the same however much arrives meanwhile."""
+"""Pages of lists: a cursor stands on the order of arrival, so that what arrives meanwhile moves no page."""
 
 from __future__ import annotations
 

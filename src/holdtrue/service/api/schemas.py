@@ -16,7 +16,7 @@ JobStatus = Literal["validating_files", "queued", "running", "succeeded", "faile
 
 
 def plain(text: str) -> str:
-    """Refuse what no name or note needs and what breaks stores, logs and terminals: control characters, NUL above all."""
+    """Refuse control characters, NUL above all: no name needs them, and stores and terminals stumble over them."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
         raise ValueError("control characters are not allowed")
     return text

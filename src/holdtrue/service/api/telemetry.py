@@ -38,7 +38,9 @@ class _Libraries(logging.Handler):
         level = "error" if record.levelno >= logging.ERROR else "warning"
         kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         where = f"{record.filename}:{record.lineno}"
-        getattr(structlog.get_logger(record.name), level)("library", template=str(record.msg)[:200], at=where, error=kind)
+        getattr(structlog.get_logger(record.name), level)(
+            "library", template=str(record.msg)[:200], at=where, error=kind
+        )
 
 
 def tracing_asked() -> bool:

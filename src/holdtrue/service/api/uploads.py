@@ -184,9 +184,7 @@ def complete_upload(
             row = _get(session, caller.project_id, upload_id, lock=True)
             if row.status != "completed":
                 _pending(row)
-                file = files.add_file(
-                    session, caller, blob, filename=filename, purpose=purpose, expires_after=expires
-                )
+                file = files.add_file(session, caller, blob, filename=filename, purpose=purpose, expires_after=expires)
                 row.status, row.file_id, used = "completed", file.id, True
             answer = _wire(session, row)
     except BaseException:
