@@ -48,7 +48,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
             [
                 {
                     "id": ids.new("file"), "project_id": project.id, "filename": "r.csv", "bytes": 1,
-                    "purpose": "fine-tune-results", "sha256": "0" * 64, "blob": None, "status": "processed", "created_at": number,
+                    "purpose": "fine-tune-results", "sha256": "0" * 64,
+                    "blob": None, "status": "processed", "created_at": number,
                 }
                 for number in range(MANY)
             ],

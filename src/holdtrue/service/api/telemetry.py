@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 import structlog
 from fastapi import FastAPI
 
+from holdtrue.errors import SpecError
+
 _ASKED = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -51,14 +53,25 @@ def tracing_asked() -> bool:
 
 
 def instrument(app: FastAPI) -> None:
-    """Trace requests where the environment asks for it, with the exporter that it names."""
+    """Trace requests where the environment asks for it, with the exporter that it names.
+
+    Raises:
+        SpecError: the exporter is not installed.
+    """
     if not tracing_asked():
         return
     from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     os.environ.setdefault("OTEL_SERVICE_NAME", "holdtrue-api")
-    for name in ("OTEL_METRICS_EXPORTER", "OTEL_LOGS_EXPORTER"):
-        os.environ.setdefault(name, "none")
-    for entry in entry_points(group="opentelemetry_configurator", name="configurator"):
-        entry.load()().configure()
-    FastAPIInstrumentor.instrument_app(app, excluded_urls="healthz,readyz,metrics")
+    provider = TracerProvider()
+    for name in os.environ.get("OTEL_TRACES_EXPORTER", "otlp").split(","):
+        found = list(entry_points(group="opentelemetry_traces_exporter", name=name.strip()))
+        if not found:
+            raise SpecError(
+                f"OTEL_TRACES_EXPORTER={name.strip()!r} is not installed; "
+                "`pip install opentelemetry-exporter-otlp` has 'otlp'"
+            )
+        provider.add_span_processor(BatchSpanProcessor(found[0].load()()))
+    FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics")
