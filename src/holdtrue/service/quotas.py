@@ -17,9 +17,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import HoldtrueError, SpecError
-from holdtrue.service.store.schema import ENDED, File, Job, Project, Usage
+from holdtrue.service.store.schema import ENDED, JOB_STATUSES, File, Job, Project, Usage
 
 GIBIBYTE = 2**30
+ACTIVE = tuple(status for status in JOB_STATUSES if status not in ENDED)
 
 
 class Limits(BaseModel):
@@ -114,7 +115,7 @@ def stored_bytes(session: Session, project_id: str) -> int:
 
 def jobs_active(session: Session, project_id: str) -> int:
     """Return how many jobs of a project have not ended."""
-    query = select(func.count()).select_from(Job).where(Job.project_id == project_id, Job.status.not_in(ENDED))
+    query = select(func.count()).select_from(Job).where(Job.project_id == project_id, Job.status.in_(ACTIVE))
     return int(session.scalar(query) or 0)
 
 

@@ -121,6 +121,9 @@ def test_bodies_that_explode(http: httpx.Client):
         assert time.monotonic() - began < 3, what
     big = http.post("/fine_tuning/jobs", content=b" " * (5 * 2**20), headers={"content-type": "application/json"})
     assert well(big, 413)["code"] == "too_large"
+    form = {"content-type": "multipart/form-data; boundary=B"}
+    for path in ("/fine_tuning/jobs", "/uploads", "/holdtrue/keys"):
+        assert well(http.post(path, content=b" " * (5 * 2**20), headers=form), 413)["code"] == "too_large", path
     zipped = http.post("/fine_tuning/jobs", content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
     well(zipped, 400)
 

@@ -43,6 +43,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
             insert(JobMetadata),
             [{"job_id": job["id"], "key": "n", "value": str(number % 1000)} for number, job in enumerate(jobs)],
         )
+        session.execute(insert(JobMetadata), [{"job_id": job["id"], "key": "common", "value": "yes"} for job in jobs])
         session.execute(
             insert(File),
             [
@@ -85,6 +86,8 @@ PATHS = [
     "/v1/fine_tuning/jobs",
     "/v1/fine_tuning/jobs?after=JOB",
     "/v1/fine_tuning/jobs?metadata[n]=7",
+    "/v1/fine_tuning/jobs?metadata[n]=none",
+    "/v1/fine_tuning/jobs?metadata[common]=yes",
     "/v1/fine_tuning/jobs/JOB",
     "/v1/fine_tuning/jobs/JOB/events",
     "/v1/fine_tuning/jobs/JOB/checkpoints",
@@ -115,6 +118,8 @@ def test_a_read_goes_by_an_index(client: TestClient, path: str):
                 continue
             plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
             big = [step for step in plan if step.startswith(("SCAN", "USE TEMP B-TREE"))]
+            if "jobs.id IN (?" in statement:
+                big = [step for step in big if step != "USE TEMP B-TREE FOR ORDER BY"]  # of 200 rows at most
             assert not big, (statement, plan)
 
 

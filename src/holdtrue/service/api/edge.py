@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdtrue.service import ids
@@ -21,6 +22,7 @@ JSON_BYTES = 4 * 2**20
 """Largest body that is not an upload."""
 _DRAIN_BYTES = 64 * 2**20
 _DRAIN_SECONDS = 10.0
+_UPLOAD = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 _ID = re.compile(r"[a-z]{3,8}-[A-Za-z0-9]{24}")
 log = structlog.get_logger("holdtrue.api")
 
@@ -48,9 +50,11 @@ class Edge:
                 await self.app(scope, exchange.receive, exchange.send)
             except Exception as error:
                 failure = error
-                if exchange.status is None:
+                if isinstance(error, ClientDisconnect):
+                    pass  # nobody is left to answer
+                elif exchange.status is None:
                     await respond(translate(error))(scope, receive, exchange.send)
-                elif not isinstance(error, _ClientGone):
+                else:
                     raise  # half an answer is out: the connection has to break, or it would look whole
             if exchange.status is not None and exchange.status >= 400:
                 await exchange.drain()
@@ -59,8 +63,8 @@ class Edge:
             self._note(scope, exchange, failure)
 
     def _limit(self, scope: Scope) -> int:
-        kind = Headers(scope=scope).get("content-type", "")
-        return self.upload_bytes + 2**20 if kind.startswith("multipart/form-data") else JSON_BYTES
+        # By the path and not by the content's type: any other route would read the body into memory.
+        return self.upload_bytes + 2**20 if _UPLOAD.fullmatch(scope["path"]) else JSON_BYTES
 
     def _note(self, scope: Scope, exchange: _Exchange, failure: Exception | None) -> None:
         seconds = time.perf_counter() - exchange.began
@@ -77,15 +81,11 @@ class Edge:
             "key_id": principal.key_id if principal else None,
             "project_id": principal.project_id if principal else None,
         }
-        if status >= 500 or (failure is not None and not isinstance(failure, ApiError | _ClientGone)):
+        if status >= 500 or (failure is not None and not isinstance(failure, ApiError | ClientDisconnect)):
             # The kind and the place of an exception, and not its text, which may quote what a customer sent.
             log.error("request_failed", **values, error=type(failure).__name__, at=_place(failure))
         else:
             log.info("request", **values)
-
-
-class _ClientGone(Exception):  # noqa: N818 (it is no error of ours)
-    """The client closed the connection while it was still sending."""
 
 
 class _Exchange:

@@ -19,10 +19,10 @@ from holdtrue.service.api.context import Caller, FilesRead, FilesWrite, Parts, P
 from holdtrue.service.api.errors import ApiError, invalid, not_found, responses
 from holdtrue.service.api.idempotency import once
 from holdtrue.service.api.pages import After, Order, take
+from holdtrue.service.quotas import ACTIVE
 from holdtrue.service.store.blobs import Blob
-from holdtrue.service.store.schema import ENDED, JOB_STATUSES, File, Job
+from holdtrue.service.store.schema import File, Job
 
-ACTIVE = tuple(status for status in JOB_STATUSES if status not in ENDED)
 BATCH_SECONDS = 30 * 86_400
 _PURPOSE: TypeAdapter[str] = TypeAdapter(schemas.FilePurpose)
 _CHUNK = 2**18

@@ -43,7 +43,7 @@ class Gatekeeper:
             **_rate_headers(rate),
         }
         if not rate.allowed:
-            wait = max(1, math.ceil(rate.reset_seconds / max(1, rate.limit)))
+            wait = max(1, math.ceil(rate.reset_seconds))
             raise ApiError(
                 429,
                 f"Rate limit reached: {rate.limit} requests a minute for this project. Try again in {wait} s",

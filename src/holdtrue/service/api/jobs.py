@@ -29,6 +29,7 @@ from holdtrue.service.store.schema import File, Job, JobCheckpoint, JobEvent, Jo
 router = APIRouter(tags=["fine-tuning"])
 _FILTER = re.compile(r"metadata\[([^\[\]]{1,64})\]")
 _MOST_FILTERS = 16
+_FEW = 200
 _METADATA_QUERY = {
     "parameters": [
         {
@@ -187,14 +188,14 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> schemas.Page[schemas.FineTuningJob]:
     """List jobs, the newest first."""
-    query = _filtered(select(Job).where(Job.project_id == caller.project_id), request)
     with parts.db.read() as session:
+        query = _filtered(session, select(Job).where(Job.project_id == caller.project_id), request)
         found = take(session, Job, query, owned=Job.project_id == caller.project_id, after=after, limit=limit)
         pairs = _metadata(session, [row.id for row in found.rows])
         return page([wire(row, pairs[row.id]) for row in found.rows], found.more)
 
 
-def _filtered(query: Select[Any], request: Request) -> Select[Any]:
+def _filtered(session: Session, query: Select[Any], request: Request) -> Select[Any]:
     filters: dict[str, str] = {}
     without = False
     for name, value in request.query_params.multi_items():
@@ -213,9 +214,11 @@ def _filtered(query: Select[Any], request: Request) -> Select[Any]:
         return query.where(~exists().where(JobMetadata.job_id == Job.id))
     for key, value in filters.items():
         key, value = schemas.plain_query(key), schemas.plain_query(value)
-        query = query.where(
-            exists().where(JobMetadata.job_id == Job.id, JobMetadata.key == key, JobMetadata.value == value)
-        )
+        pair = (JobMetadata.key == key, JobMetadata.value == value)
+        few = session.scalars(select(JobMetadata.job_id).where(*pair).limit(_FEW + 1)).all()
+        # A rare pair is looked up from its own side; a common one is met soon on the way through the newest jobs.
+        common = len(few) > _FEW
+        query = query.where(exists().where(JobMetadata.job_id == Job.id, *pair) if common else Job.id.in_(few))
     return query
 
 

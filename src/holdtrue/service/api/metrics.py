@@ -10,8 +10,9 @@ from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
 from holdtrue.service import clock
+from holdtrue.service.quotas import ACTIVE
 from holdtrue.service.store.database import Database
-from holdtrue.service.store.schema import ENDED, JOB_STATUSES, Job
+from holdtrue.service.store.schema import Job
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -57,12 +58,11 @@ class _Jobs(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._db.read() as session:
             query = select(Job.status, func.count(), func.min(Job.created_at))
-            rows = session.execute(query.where(Job.status.not_in(ENDED)).group_by(Job.status)).all()
+            rows = session.execute(query.where(Job.status.in_(ACTIVE)).group_by(Job.status)).all()
         counts = {status: (count, oldest) for status, count, oldest in rows}
         jobs = GaugeMetricFamily("holdtrue_jobs", "Jobs that have not ended.", labels=["status"])
-        for status in JOB_STATUSES:
-            if status not in ENDED:
-                jobs.add_metric([status], counts.get(status, (0, 0))[0])
+        for status in ACTIVE:
+            jobs.add_metric([status], counts.get(status, (0, 0))[0])
         yield jobs
         waited = GaugeMetricFamily("holdtrue_queue_age_seconds", "How long ago the oldest queued job was created.")
         waited.add_metric([], max(0, clock.now() - counts["queued"][1]) if "queued" in counts else 0)

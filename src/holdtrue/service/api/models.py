@@ -12,8 +12,8 @@ from holdtrue.service import audit, clock
 from holdtrue.service.api import schemas
 from holdtrue.service.api.context import ModelsRead, ModelsWrite, PartsDep
 from holdtrue.service.api.errors import ApiError, not_found, responses
-from holdtrue.service.api.files import ACTIVE
 from holdtrue.service.api.pages import After
+from holdtrue.service.quotas import ACTIVE
 from holdtrue.service.store.schema import Job, Model, Organization, Project
 
 LONGEST = 300
