@@ -272,3 +272,15 @@ def _run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment, check=False
     )
+
+
+def test_the_service_page_has_every_setting_and_limit():
+    from holdtrue.service.quotas import Limits
+    from holdtrue.service.settings import ServiceSettings
+
+    printed = defaults(page("service.md"))
+    fields = {**ServiceSettings.model_fields, **Limits.model_fields}
+    assert set(printed) == set(fields)
+    for name, field in fields.items():
+        if name not in ("home", "limits", "inference_secret", "signing_key"):
+            assert yaml.safe_load(printed[name]) == field.get_default(), name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from holdtrue.service.quotas import Limits
 
 Role = Literal["all", "api", "dispatcher", "worker", "inference"]
 MEBIBYTE = 2**20
@@ -24,6 +27,9 @@ class ServiceSettings(BaseSettings):
         signing_key: path of an Ed25519 private key in PEM; made at first start in ``home`` when empty.
         lease_seconds: how long a worker may be silent before its job is taken over.
         upload_bytes: largest file, in bytes.
+        limits: what a project may use unless it has limits of its own, as JSON.
+        rate_limit_storage: where requests are counted, as a URL of the library ``limits``: memory is right for one API
+            process, ``redis://…`` for several.
         threads: of torch in a worker and in the inference process; 0 leaves torch's default.
     """
 
@@ -40,6 +46,8 @@ class ServiceSettings(BaseSettings):
     signing_key: Path | None = None
     lease_seconds: float = Field(default=60.0, gt=0)
     upload_bytes: int = Field(default=512 * MEBIBYTE, gt=0)
+    limits: Limits = Limits()
+    rate_limit_storage: str = "memory://"
     threads: int = Field(default=0, ge=0)
 
     @property
@@ -51,3 +59,11 @@ class ServiceSettings(BaseSettings):
     def blobs(self) -> str:
         """The fsspec URL in force."""
         return self.blob_url or f"file://{self.home.absolute() / 'blobs'}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,80 @@
+"""Whoever asks for anything under /v1 is known first, and within their rate: no route can forget it."""
+
+from __future__ import annotations
+
+import math
+
+import structlog
+from anyio import to_thread
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from holdtrue.service import auth, clock
+from holdtrue.service.api.context import Parts
+from holdtrue.service.api.errors import ApiError
+from holdtrue.service.quotas import Rate
+
+_HOW = "Send it in the header as 'Authorization: Bearer YOUR_KEY'; `holdtrue keys create` makes one"
+
+
+class Gatekeeper:
+    """ASGI middleware: authentication and rate limits, before routing and before any body is read."""
+
+    def __init__(self, app: ASGIApp, parts: Parts) -> None:
+        self.app = app
+        self.parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (scope["path"] == "/v1" or scope["path"].startswith("/v1/")):
+            await to_thread.run_sync(self._admit, scope)
+        await self.app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        found = self._identify(Headers(scope=scope).get("authorization", ""))
+        state = scope["state"]
+        state["principal"] = found.principal
+        state["limits"] = self.parts.settings.limits.with_overrides(found.limits)
+        structlog.contextvars.bind_contextvars(key_id=found.principal.key_id)
+        project = found.principal.project_id
+        rate = self.parts.rates.hit(project, state["limits"].requests_per_minute)
+        state["headers"] = {
+            "openai-organization": found.principal.organization_id,
+            "openai-project": project,
+            **_rate_headers(rate),
+        }
+        if not rate.allowed:
+            wait = max(1, math.ceil(rate.reset_seconds))
+            raise ApiError(
+                429,
+                f"Rate limit reached: {rate.limit} requests a minute for this project. Try again in {wait} s",
+                type="requests",
+                code="rate_limit_exceeded",
+                headers={"retry-after": str(wait)},
+            )
+
+    def _identify(self, header: str) -> auth.Found:
+        kind, _, secret = header.partition(" ")
+        secret = secret.strip()
+        if kind.lower() != "bearer" or not secret:
+            raise _refused(f"You didn't provide an API key. {_HOW}", None)
+        now = clock.now()
+        with self.parts.db.read() as session:
+            found = auth.find(session, secret, now)
+        if found is None:
+            raise _refused(f"Incorrect API key provided: unknown, expired or revoked. {_HOW}", "invalid_api_key")
+        if found.stale:
+            with self.parts.db.write() as session:
+                auth.note_use(session, found.principal.key_id, now)
+        return found
+
+
+def _refused(message: str, code: str | None) -> ApiError:
+    return ApiError(401, message, code=code, headers={"www-authenticate": 'Bearer realm="holdtrue"'})
+
+
+def _rate_headers(rate: Rate) -> dict[str, str]:
+    return {
+        "x-ratelimit-limit-requests": str(rate.limit),
+        "x-ratelimit-remaining-requests": str(rate.remaining),
+        "x-ratelimit-reset-requests": f"{rate.reset_seconds:.3f}s",
+    }

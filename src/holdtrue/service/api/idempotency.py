@@ -1,0 +1,95 @@
+"""The same POST sent again does nothing twice: its first answer is given again, from the transaction that did the work.
+
+Two ways to say that a request is the same. ``Idempotency-Key`` names it, for a day. A client of OpenAI's that sends a
+request again by itself names nothing, but says how often it has tried: with a count above zero, an equal request of the
+same key within a quarter of an hour is taken for the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from holdtrue.service import clock
+from holdtrue.service.api.context import Caller
+from holdtrue.service.api.errors import invalid
+from holdtrue.service.store.schema import IdempotentRequest
+
+NAMED_SECONDS = 86_400
+RETRY_SECONDS = 900
+_COUNT = "x-stainless-retry-count"
+
+
+def once(
+    session: Session, request: Request, caller: Caller, payload: Any, do: Callable[[], BaseModel], status: int = 200
+) -> Response:
+    """Do a thing and keep its answer, or give the answer that is kept.
+
+    Args:
+        session: the transaction in which ``do`` does all of its work.
+        payload: JSON values that make the request what it is; equal ones are the same request.
+        do: does the work; what it raises is not kept.
+        status: of the answer.
+
+    Raises:
+        ApiError: a key that stands for another request, or is no key.
+    """
+    what = _hash([request.method, request.url.path, payload])
+    claimed = _claim(session, request, caller, what)
+    if claimed is not None and claimed.status_code is not None and claimed.body is not None:
+        headers = {"idempotent-replayed": "true"}
+        return Response(claimed.body, claimed.status_code, headers, media_type="application/json")
+    body = do().model_dump_json()
+    if claimed is not None:
+        claimed.status_code, claimed.body = status, body
+    return Response(body, status, media_type="application/json")
+
+
+def _claim(session: Session, request: Request, caller: Caller, what: str) -> IdempotentRequest | None:
+    named = request.headers.get("idempotency-key")
+    if named is not None:
+        if not 1 <= len(named) <= 255 or not named.isascii() or not named.isprintable():
+            raise invalid("Idempotency-Key must be 1 to 255 printable ASCII characters", "Idempotency-Key")
+        row = _row(session, caller, "key:" + _hash(named), what, NAMED_SECONDS, replay=True)
+        if row.request_digest != what:
+            raise invalid(
+                "This Idempotency-Key was used for another request; use a new key for each",
+                "Idempotency-Key",
+                "idempotency_key_reused",
+            )
+        return row
+    count = request.headers.get(_COUNT, "")
+    if not count.isascii() or not count.isdigit():
+        return None
+    again = count.lstrip("0") != ""
+    return _row(session, caller, "auto:" + _hash([caller.principal.key_id, what]), what, RETRY_SECONDS, replay=again)
+
+
+def _row(session: Session, caller: Caller, key: str, what: str, seconds: int, *, replay: bool) -> IdempotentRequest:
+    """Return the row under lock: with an answer to give again, or empty for the answer to come."""
+    now = clock.now()
+    identity = (caller.project_id, key)
+    row = session.get(IdempotentRequest, identity, with_for_update=True)
+    if row is None:
+        row = IdempotentRequest(project_id=caller.project_id, key=key, request_digest=what, created_at=now)
+        try:
+            with session.begin_nested():
+                session.add(row)
+            return row
+        except IntegrityError:  # the same request is being done elsewhere: the insert has waited for its end
+            row = session.get_one(IdempotentRequest, identity, with_for_update=True, populate_existing=True)
+    if not replay or row.created_at <= now - seconds:
+        row.request_digest, row.status_code, row.body, row.created_at = what, None, None, now
+    return row
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,156 @@
+"""What a project may use: requests a minute, jobs at once, tokens a day, bytes stored."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from limits import RateLimitItemPerMinute
+from limits.storage import storage_from_string
+from limits.strategies import SlidingWindowCounterRateLimiter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from holdtrue.errors import HoldtrueError, SpecError
+from holdtrue.service.store.schema import ENDED, JOB_STATUSES, File, Job, Project, Usage
+
+GIBIBYTE = 2**30
+ACTIVE = tuple(status for status in JOB_STATUSES if status not in ENDED)
+
+
+class Limits(BaseModel):
+    """The most that one project may use. A project's own ``limits`` override the service's, name by name.
+
+    Attributes:
+        requests_per_minute: of any kind, over all of its keys.
+        jobs_active: jobs that have not ended.
+        tokens_per_day: trained and chatted, prompts included; a day is one of UTC.
+        storage_bytes: of its files.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: int = Field(default=3000, ge=1, le=10**9)
+    jobs_active: int = Field(default=20, ge=0, le=10**9)
+    tokens_per_day: int = Field(default=20_000_000, ge=0, le=10**15)
+    storage_bytes: int = Field(default=20 * GIBIBYTE, ge=0, le=10**18)
+
+    def with_overrides(self, values: Mapping[str, Any]) -> Limits:
+        """Return these limits with a project's own; ``SpecError`` for a name or value that is none."""
+        try:
+            return Limits.model_validate({**self.model_dump(), **values})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise SpecError(f"limits.{'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+
+class QuotaError(HoldtrueError):
+    """A quota is used up; ``code`` names it, ``retry_after`` is in seconds where waiting helps."""
+
+    def __init__(self, code: str, message: str, retry_after: int | None = None) -> None:
+        self.code = code
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class Rate(NamedTuple):
+    """Where a project stands in its minute: whether this request is within it, what is left, seconds until more is."""
+
+    allowed: bool
+    limit: int
+    remaining: int
+    reset_seconds: float
+
+
+class RateLimiter:
+    """Requests a minute over a sliding window; in memory for one API process, in Redis for several."""
+
+    def __init__(self, storage: str = "memory://") -> None:
+        self._limiter = SlidingWindowCounterRateLimiter(storage_from_string(storage))
+
+    def hit(self, project_id: str, per_minute: int) -> Rate:
+        """Count one request."""
+        item = RateLimitItemPerMinute(per_minute)
+        allowed = self._limiter.hit(item, project_id)
+        stats = self._limiter.get_window_stats(item, project_id)
+        return Rate(allowed, per_minute, max(0, stats.remaining), max(0.0, stats.reset_time - time.time()))
+
+
+def today(now: int) -> str:
+    """Return the day of a time, in UTC, as usage counts it."""
+    return datetime.datetime.fromtimestamp(now, datetime.UTC).date().isoformat()
+
+
+def add(session: Session, project_id: str, counter: str, amount: int, *, now: int) -> None:
+    """Add to a project's usage of the day."""
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    row = insert(Usage).values(project_id=project_id, day=today(now), counter=counter, amount=amount)
+    session.execute(
+        row.on_conflict_do_update(
+            index_elements=["project_id", "day", "counter"], set_={"amount": Usage.amount + amount}
+        )
+    )
+
+
+def used_today(session: Session, project_id: str, *, now: int) -> dict[str, int]:
+    """Return a project's usage of the day, by counter."""
+    rows = session.execute(
+        select(Usage.counter, Usage.amount).where(Usage.project_id == project_id, Usage.day == today(now))
+    )
+    return {row.counter: row.amount for row in rows}
+
+
+def stored_bytes(session: Session, project_id: str) -> int:
+    """Return the bytes of a project's files."""
+    query = select(func.coalesce(func.sum(File.bytes), 0)).where(
+        File.project_id == project_id, File.deleted_at.is_(None)
+    )
+    return int(session.scalar(query) or 0)
+
+
+def jobs_active(session: Session, project_id: str) -> int:
+    """Return how many jobs of a project have not ended."""
+    query = select(func.count()).select_from(Job).where(Job.project_id == project_id, Job.status.in_(ACTIVE))
+    return int(session.scalar(query) or 0)
+
+
+def check_tokens(session: Session, project_id: str, limits: Limits, *, now: int) -> None:
+    """Refuse what would use tokens once the day's are used up (``QuotaError``)."""
+    used = used_today(session, project_id, now=now)
+    tokens = used.get("training_tokens", 0) + used.get("chat_tokens", 0)
+    if tokens >= limits.tokens_per_day:
+        left = 86_400 - now % 86_400
+        raise QuotaError(
+            "tokens_per_day",
+            f"the project's {limits.tokens_per_day} tokens of today are used up; more are there in "
+            f"{math.ceil(left / 3600)} hours (UTC midnight)",
+            left,
+        )
+
+
+def check_jobs(session: Session, project_id: str, limits: Limits) -> None:
+    """Refuse a job beyond those that a project may have at once (``QuotaError``); serializes a project's creations."""
+    session.get_one(Project, project_id, with_for_update=True)
+    active = jobs_active(session, project_id)
+    if active >= limits.jobs_active:
+        raise QuotaError(
+            "jobs_active",
+            f"the project has {active} jobs that have not ended, of {limits.jobs_active} at once; wait for one or "
+            "cancel one",
+            60,
+        )
+
+
+def check_storage(session: Session, project_id: str, limits: Limits, more: int) -> None:
+    """Refuse bytes beyond those that a project may store (``QuotaError``)."""
+    used = stored_bytes(session, project_id)
+    if used + more > limits.storage_bytes:
+        raise QuotaError(
+            "storage_bytes",
+            f"{more} bytes more than the {used} stored would exceed the project's {limits.storage_bytes}; delete files",
+        )

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from holdtrue.service import auth, clock, tenancy
+from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store.database import Database
+
+ROW = '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}\n'
+BASE = "smollm2-135m-instruct"
+
+
+@dataclass
+class Server:
+    """A service's API in a process of its own, with its database open beside it."""
+
+    url: str
+    key: str
+    home: Path
+    db: Database
+    process: subprocess.Popen[str]
+    log: Path
+
+    def client(self, key: str | None = None, **options) -> OpenAI:
+        return OpenAI(base_url=self.url, api_key=key or self.key, **{"max_retries": 0, **options})
+
+    def tenant(self, slug: str, **limits: int) -> str:
+        """Make an organization with one project and a member's key."""
+        now = clock.now()
+        with self.db.write() as session:
+            organization = tenancy.create_organization(session, slug, slug, now=now)
+            project = tenancy.create_project(session, organization.id, slug, now=now)
+            project.limits = limits
+            return auth.create(session, project_id=project.id, name=slug, role="admin", now=now).secret
+
+
+def start(home: Path, *options: str, role: str = "api", **environment: str) -> Server:
+    log = home.with_suffix(".log")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "holdtrue.cli.main", "serve", "--role", role, "--port", "0", "--home", home, *options],
+        stdout=subprocess.PIPE,
+        stderr=log.open("w"),
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert process.stdout is not None
+    url = re.fullmatch(r"holdtrue serves (http\S+)\n", process.stdout.readline())
+    assert url, log.read_text()
+    key = re.fullmatch(r"first key, shown only now: (sk-\w{48})\n", process.stdout.readline())
+    settings = ServiceSettings(home=home)
+    return Server(url[1], key[1] if key else "", home, Database(settings.database), process, log)
+
+
+def stop(server: Server) -> int:
+    server.process.send_signal(signal.SIGTERM)
+    server.db.close()
+    return server.process.wait(40)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    found = start(tmp_path_factory.mktemp("service") / "home", HOLDTRUE_UPLOAD_BYTES=str(4 * 2**20))
+    yield found
+    stop(found)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    with server.client() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def file_id(server: Server) -> str:
+    with server.client() as client:
+        return client.files.create(file=("train.jsonl", (ROW * 12).encode()), purpose="fine-tune").id
+
+
+@pytest.fixture(scope="session")
+def strangers_key(server: Server) -> str:
+    return server.tenant("stranger")

@@ -1,0 +1,197 @@
+"""``holdtrue serve``: the first key, the address, the processes, and their end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from holdtrue.cli.main import main
+from holdtrue.errors import RunError, SpecError
+from holdtrue.service.serve import check_exposure, environment, listen
+from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.supervisor import Child, Supervisor
+
+
+def until(true: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path):
+    """Twice from the same folder, stdout a file: the key is in the first one's only, and works in both."""
+    keys, urls = [], []
+    for number in range(2):
+        out = tmp_path / f"out{number}"
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "holdtrue.cli.main",
+                "serve",
+                "--role",
+                "api",
+                "--port",
+                "0",
+                "--home",
+                tmp_path / "h",
+            ],
+            stdout=out.open("wb"),
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            until(lambda out=out: b"/v1\n" in out.read_bytes())
+            until(lambda out=out, number=number: number or b"sk-" in out.read_bytes())
+            lines = out.read_text().splitlines()
+            urls.append(lines[0].removeprefix("holdtrue serves "))
+            keys += [line.rpartition(" ")[2] for line in lines[1:]]
+            answer = httpx.get(urls[-1] + "/models", headers={"authorization": f"Bearer {keys[0]}"}, timeout=30)
+            assert answer.status_code == 200
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+    assert len(keys) == 1
+    assert len(keys[0]) == 51
+
+
+def test_an_open_address_wants_a_word_on_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["serve", "--host", "0.0.0.0", "--home", str(tmp_path)]) == 2
+    assert "--behind-tls" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    check_exposure(ServiceSettings(host="0.0.0.0", behind_tls=True))
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_exposure(ServiceSettings(host=host))
+    for host in ("", "10.0.0.1", "::", "example.org"):
+        with pytest.raises(SpecError):
+            check_exposure(ServiceSettings(host=host))
+
+
+def test_a_taken_port_is_said_before_a_key_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(RunError, match="--port"):
+            listen("127.0.0.1", port)
+        assert main(["serve", "--port", str(port), "--home", str(tmp_path)]) == 1
+    assert "sk-" not in capsys.readouterr().out
+    assert not (tmp_path / "service.db").exists()
+
+
+def test_bad_settings_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    assert main(["serve", "--role", "boss"]) == 2
+    monkeypatch.setenv("HOLDTRUE_UPLOAD_BYTES", "many")
+    assert main(["serve"]) == 2
+    assert "HOLDTRUE_UPLOAD_BYTES" in capsys.readouterr().err
+
+
+def test_settings_survive_the_way_through_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = ServiceSettings(
+        home=tmp_path,
+        port=7,
+        behind_tls=True,
+        inference_secret="s",
+        limits={"jobs_active": 3},
+        signing_key=tmp_path / "k",
+    )
+    for name, value in environment(made).items():
+        monkeypatch.setenv(name, value)
+    assert ServiceSettings() == made
+
+
+def test_the_supervisor_starts_again_what_dies_and_stops_what_lives(tmp_path: Path):
+    script = (
+        "import os, signal, sys, time\n"
+        "open(sys.argv[1], 'a').write(f'{os.getpid()}\\n')\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1] + '.end', 'a').write('x'), sys.exit(0)))\n"
+        "time.sleep(600)\n"
+    )
+    note = tmp_path / "pids"
+    child = Child("toy", [sys.executable, "-c", script, str(note)])
+    stop = threading.Event()
+    thread = threading.Thread(target=Supervisor([child], {}).run, args=(stop,))
+    thread.start()
+
+    def pids() -> list[int]:
+        return [int(line) for line in note.read_text().splitlines()] if note.exists() else []
+
+    until(lambda: len(pids()) == 1)
+    os.kill(pids()[0], signal.SIGKILL)
+    until(lambda: len(pids()) == 2)
+    assert child.deaths == 1
+    time.sleep(0.2)
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert (tmp_path / "pids.end").read_text() == "x"
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids()[1], 0)
+
+
+def test_a_child_ends_with_its_supervisor(tmp_path: Path):
+    """The supervisor is killed and can say nothing; the end of its pipe does."""
+    child = (
+        "import os, sys, time\n"
+        "from holdtrue.service.supervisor import watch_lifeline\n"
+        "watch_lifeline(int(sys.argv[-1]))\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '\\n')\n"
+        "time.sleep(600)\n"
+    )
+    parent = (
+        "import sys, threading\n"
+        "from holdtrue.service.supervisor import Child, Supervisor\n"
+        f"Supervisor([Child('toy', [sys.executable, '-c', {child!r}])], {{}}).run(threading.Event())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"))
+    pid = int((tmp_path / "pid").read_text())
+    process.kill()
+    process.wait()
+
+    def gone() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+        except FileNotFoundError:
+            return True
+
+    until(gone)
+
+
+def test_a_port_is_kept_over_a_restart_of_the_api():
+    """The supervisor holds the socket: a connection that comes while nobody accepts waits, and is not refused."""
+    with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=2):
+        pass
+
+
+def test_the_api_process_has_no_torch():
+    script = (
+        "import sys, json\n"
+        "from pathlib import Path\n"
+        "import tempfile\n"
+        "from starlette.testclient import TestClient\n"
+        "from holdtrue.service import tenancy, serve, supervisor\n"
+        "from holdtrue.service.api.app import create_app\n"
+        "from holdtrue.service.settings import ServiceSettings\n"
+        "from holdtrue.service.store import migrations\n"
+        "app = create_app(ServiceSettings(home=Path(tempfile.mkdtemp())))\n"
+        "migrations.upgrade(app.state.parts.db)\n"
+        "key = tenancy.bootstrap(app.state.parts.db).key\n"
+        "client = TestClient(app, headers={'authorization': f'Bearer {key}'})\n"
+        "file = client.post('/v1/files', data={'purpose': 'fine-tune'}, files={'file': ('a', b'x')}).json()['id']\n"
+        "job = {'model': 'smollm2-135m-instruct', 'training_file': file}\n"
+        "assert client.post('/v1/fine_tuning/jobs', json=job).status_code == 200\n"
+        "heavy = ('torch', 'transformers', 'peft', 'datasets', 'accelerate', 'sklearn')\n"
+        "print(json.dumps([name for name in heavy if name in sys.modules]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
