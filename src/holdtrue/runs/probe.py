@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from holdtrue.data import resolve_data
 from holdtrue.errors import SpecError
 from holdtrue.runs.spec import RunSpec
-from holdtrue.runs.tasks import sha256_of, suite_source
+from holdtrue.runs.tasks import sha256_of, suite_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,18 +33,20 @@ def check_probes(spec: RunSpec) -> None:
     reason = f"{asking} holds the margin on its probe, so a measurement on the same questions says nothing of others"
     probes = read_probes(path)
     for suite in (s for s in spec.evaluate.suites if s != "benign"):
-        source = suite_source(spec, suite)
-        if source.is_file() and sha256_of(source) == probes.sha256:
-            raise SpecError(f"evaluate: {suite} is measured on {asking}'s probe, {path}. {reason}: name another file")
+        for source in suite_sources(spec, suite):
+            if source.is_file() and sha256_of(source) == probes.sha256:
+                raise SpecError(
+                    f"evaluate: {suite} is measured on {asking}'s probe, {path}. {reason}: name another file"
+                )
     if "likelihood" in spec.evaluate.suites or (spec.gate is not None and "margin_fall" in spec.gate.limits()):
-        source = suite_source(spec, "likelihood")
         own = {_folded(probe.question) for probe in probes.rows}
-        shared = [probe for probe in read_probes(source).rows if _folded(probe.question) in own]
-        if shared:
-            raise SpecError(
-                f"evaluate: {len(shared)} of the questions of {source} (line {shared[0].line}, for one) are in "
-                f"{asking}'s probe {path} too. {reason}: take them out of one of the two"
-            )
+        for source in suite_sources(spec, "likelihood"):
+            shared = [probe for probe in read_probes(source).rows if _folded(probe.question) in own]
+            if shared:
+                raise SpecError(
+                    f"evaluate: {len(shared)} of the questions of {source} (line {shared[0].line}, for one) are in "
+                    f"{asking}'s probe {path} too. {reason}: take them out of one of the two"
+                )
 
 
 def load_probe(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> MarginProbe | None:
