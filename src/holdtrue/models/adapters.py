@@ -32,7 +32,7 @@ logger = logging.getLogger("holdtrue.models")
 
 
 def new_adapter(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> PeftModel:
-    """Put an adapter on ``model``, in place: A random, B zero, so that outputs are unchanged; or that of ``spec.start``.
+    """Put an adapter on ``model``, in place: that of ``spec.start``, or A random and B zero, which changes no output.
 
     The numbers depend on ``seed`` alone, and torch's own generators are left as they were.
 
@@ -75,8 +75,8 @@ def _fill(adapted: PeftModel, folder: Path) -> None:
     shapes = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (mine, saved.tensors))
     if here != saved.scaling or next(shapes) != next(shapes):
         raise SpecError(
-            f"adapter.start {folder}: its rank, factor or modules are not those of the spec; give adapter.r, alpha, rslora "
-            f"and target_modules as {CONFIG} there has them"
+            f"adapter.start {folder}: its rank, factor or modules are not those of the spec; give adapter.r, alpha, "
+            f"rslora and target_modules as {CONFIG} there has them"
         )
     set_peft_model_state_dict(adapted, saved.tensors)
 

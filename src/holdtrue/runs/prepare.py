@@ -89,7 +89,7 @@ def _check_screened(run: Run, train: ChatSummary, source: ModelSource) -> None:
 
 
 def start_digest(spec: RunSpec) -> str:
-    """Return the digest of the adapter that a run goes on from; ``SpecError`` or ``RunError`` when it is no sound one."""
+    """Return the digest of the adapter that a run goes on from; ``SpecError`` or ``RunError`` when it is unsound."""
     from holdtrue.models.adapter_files import check_adapter_folder
     from holdtrue.models.digest import tree_digest
 

@@ -97,6 +97,7 @@ def resolve(document: PolicyDocument, request: JobRequest, attempt: int = 0) -> 
         defenses=document.defenses_of(attempt),
         evaluate={**document.evaluate.model_dump(mode="json"), "suites": suites},
         gate=document.gate.model_dump(mode="json"),
+        screen=None if document.screen is None else document.screen.model_dump(mode="json"),
         folder=request.folder,
     )
 
