@@ -335,3 +335,23 @@ def test_no_adapter_no_reference(tiny_model: Load) -> None:
 def test_a_copied_adapter_needs_only_its_folder(tiny_model: Load, saved: Path, tmp_path: Path) -> None:
     moved = Path(shutil.move(saved, tmp_path / "elsewhere"))
     assert load_adapter(tiny_model(), moved)
+
+
+def test_an_adapter_goes_on_from_a_saved_one(tiny_model: Load, saved: Path) -> None:
+    spec = AdapterSpec(r=4, alpha=8, start=str(saved))
+    continued = new_adapter(tiny_model(), spec, seed=7)
+    assert torch.equal(_logits(continued), _logits(load_adapter(tiny_model(), saved)))
+    with without_adapter(continued):
+        assert torch.equal(_logits(continued), _logits(tiny_model()))
+    assert all(p.requires_grad for n, p in continued.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("shape", [{"r": 8}, {"alpha": 4}, {"rslora": False}, {"target_modules": ["q_proj"]}])
+def test_an_adapter_to_go_on_from_has_the_shape_asked_for(tiny_model: Load, saved: Path, shape: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"adapter\.start"):
+        new_adapter(tiny_model(), AdapterSpec(**{"r": 4, "alpha": 8, "start": str(saved), **shape}), seed=0)
+
+
+def test_a_fresh_adapter_is_written_without_a_start() -> None:
+    assert "start" not in AdapterSpec().model_dump()
+    assert AdapterSpec(start="there").model_dump()["start"] == "there"

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -16,21 +23,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from holdtrue.errors import NeedError, RunError, SpecError
-from holdtrue.models.adapter_files import check_adapter_folder, read_adapter
+from holdtrue.models.adapter_files import CONFIG, check_adapter_folder, read_adapter
 from holdtrue.models.adapter_spec import AdapterSpec
-from holdtrue.models.layers import adapted_weights, peft_model
+from holdtrue.models.layers import adapted_weights, causal_lm, peft_model
 from holdtrue.models.store import new_folder
 
 logger = logging.getLogger("holdtrue.models")
 
 
 def new_adapter(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> PeftModel:
-    """Put a fresh adapter on ``model``, in place: A random, B zero, so that outputs are unchanged.
+    """Put an adapter on ``model``, in place: that of ``spec.start``, or A random and B zero, which changes no output.
 
     The numbers depend on ``seed`` alone, and torch's own generators are left as they were.
 
     Raises:
-        SpecError: no module has a name that ``target_modules`` asks for, or the model has an adapter already.
+        SpecError: no module has a name that ``target_modules`` asks for, the model has an adapter already, or the
+            adapter to go on from is of another shape.
+        RunError: the files of the adapter to go on from are broken.
     """
     _refuse_adapted(model)
     config = LoraConfig(
@@ -53,7 +62,23 @@ def new_adapter(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> Peft
         if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), nn.Linear):
             kind = type(layer.get_base_layer()).__name__
             raise SpecError(f"adapter.target_modules: {name} is a {kind}; only linear layers can be adapted")
+    if spec.start is not None:
+        _fill(adapted, Path(spec.start))
     return adapted
+
+
+def _fill(adapted: PeftModel, folder: Path) -> None:
+    saved = read_adapter(folder)
+    layers = causal_lm(adapted).named_modules()
+    here = {name: layer.scaling["default"] for name, layer in layers if isinstance(layer, LoraLayer)}
+    mine = get_peft_model_state_dict(adapted)
+    shapes = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (mine, saved.tensors))
+    if here != saved.scaling or next(shapes) != next(shapes):
+        raise SpecError(
+            f"adapter.start {folder}: its rank, factor or modules are not those of the spec; give adapter.r, alpha, "
+            f"rslora and target_modules as {CONFIG} there has them"
+        )
+    set_peft_model_state_dict(adapted, saved.tensors)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:

@@ -63,7 +63,8 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
 
     data = _encode(run, control, source, splits, notes)
     manifest = {
-        "model": describe_model(source, spec.model),
+        "model": describe_model(source, spec.model)
+        | ({} if spec.adapter.start is None else {"start": start_digest(spec)}),
         "data": data,
         "defenses": notes,
         "versions": {name: metadata.version(name) for name in PACKAGES},
@@ -87,6 +88,16 @@ def _check_screened(run: Run, train: ChatSummary, source: ModelSource) -> None:
             )
 
 
+def start_digest(spec: RunSpec) -> str:
+    """Return the digest of the adapter that a run goes on from; ``SpecError`` or ``RunError`` when it is unsound."""
+    from holdtrue.models.adapter_files import check_adapter_folder
+    from holdtrue.models.digest import tree_digest
+
+    folder = Path(str(spec.adapter.start))
+    check_adapter_folder(folder)
+    return tree_digest(folder)
+
+
 def describe_model(source: ModelSource, asked: str) -> dict[str, Any]:
     """Return a model's entry in a manifest."""
     return {
@@ -108,7 +119,8 @@ def run_context(run: Run, source: ModelSource) -> RunContext:
 
     config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     with torch.device("meta"):
-        model = new_adapter(AutoModelForCausalLM.from_config(config), run.spec.adapter, seed=run.spec.training.seed)
+        fresh = run.spec.adapter.model_copy(update={"start": None})
+        model = new_adapter(AutoModelForCausalLM.from_config(config), fresh, seed=run.spec.training.seed)
     return RunContext(
         model=source,
         adapted=adapted_weights(model),

@@ -151,6 +151,9 @@ class RunSpec(BaseModel):
             self, "evaluate", self.evaluate.model_copy(update={"suites": suites, "data": files, "benign": benign})
         )
         object.__setattr__(self, "model", _model_path(self.model, folder))
+        if self.adapter.start is not None:
+            start = str(folder / Path(self.adapter.start).expanduser())
+            object.__setattr__(self, "adapter", self.adapter.model_copy(update={"start": start}))
         if self.screen is not None:
             object.__setattr__(self, "screen", self.screen.placed(folder))
         object.__setattr__(self, "defenses", tuple(defense.placed(folder) for defense in self.defenses))

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from holdtrue.defenses import LossDefense
+from holdtrue.errors import RunError
 from holdtrue.runs import files
 from holdtrue.runs.control import Control, interrupted, rank
 from holdtrue.runs.directory import Run
+from holdtrue.runs.prepare import start_digest
 from holdtrue.runs.probe import load_probe
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
     source = pinned_model(run)
     for defense in spec.defenses:
         defense.still_met(run.manifest["defenses"].get(defense.name, {}))
+    if spec.adapter.start is not None and start_digest(spec) != run.manifest["model"].get("start"):
+        raise RunError(
+            f"{spec.adapter.start} has changed since this run was prepared: put it back, or begin another run"
+        )
     base = base_model(source)
     with _reference_cache(run, source, base) as cache:
         model = new_adapter(base, spec.adapter, seed=spec.training.seed)

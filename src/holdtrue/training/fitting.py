@@ -204,6 +204,12 @@ class _Recorder(TrainerCallback):
             control.should_training_stop = True
         return control
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        there = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.global_step < state.max_steps and not there.exists():
+            control.should_save = True
+        return control
+
     def summary(self) -> dict[str, Any]:
         """Return totals over the whole run, earlier sittings included."""
         steps = [r for r in self._kept if "loss" in r]

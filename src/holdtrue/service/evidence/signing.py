@@ -17,6 +17,7 @@ from securesystemslib.signer import CryptoSigner, SSlibKey  # pyright: ignore[re
 
 from holdtrue.errors import HoldtrueError, RunError, SpecError
 from holdtrue.models.digest import tree_digest
+from holdtrue.service.settings import ServiceSettings
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 VARIABLE = "HOLDTRUE_SIGNING_KEY_PEM"
@@ -49,6 +50,14 @@ def load_signer(path: Path) -> CryptoSigner:
     if not isinstance(key, Ed25519PrivateKey):
         raise SpecError(f"{where}: receipts are signed with Ed25519; this is another kind of key")
     return CryptoSigner(key)
+
+
+def signer_of(settings: ServiceSettings) -> CryptoSigner:
+    """Return a service's signer; its key is made at the first call where the settings name none."""
+    path = settings.signing_key or settings.home / "signing-key.pem"
+    if settings.signing_key is None and not os.environ.get(VARIABLE):
+        make_key(path)
+    return load_signer(path)
 
 
 def make_key(path: Path) -> None:
@@ -121,6 +130,11 @@ def verify(envelope: Mapping[str, Any], public_key: bytes) -> dict[str, Any]:
     if opened.payload_type != PAYLOAD_TYPE:
         raise SignatureError(f"the envelope holds {opened.payload_type!r}, not {PAYLOAD_TYPE!r}")
     return json.loads(opened.payload)
+
+
+def payload(envelope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the statement of one of our own envelopes, unverified: to issue it anew with more in it."""
+    return json.loads(Envelope.from_dict(json.loads(json.dumps(envelope))).payload)
 
 
 def check_adapter(folder: Path, envelope: Mapping[str, Any], public_key: bytes) -> dict[str, Any]:

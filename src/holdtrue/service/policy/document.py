@@ -15,6 +15,7 @@ from holdtrue.evaluation.gate import GateSpec
 from holdtrue.models import AdapterSpec
 from holdtrue.runs.reading import parse_yaml
 from holdtrue.runs.spec import EvaluateSpec, explain
+from holdtrue.screening import ScreenSpec
 from holdtrue.training import TrainingSpec
 
 Defenses = tuple[SerializeAsAny[Defense], ...]
@@ -119,6 +120,7 @@ class PolicyDocument(_Part):
         evaluate: as in a run's spec, without the customer's data.
         gate: as in a run's spec; there is no policy without one.
         on_fail: what follows a gate that is not passed.
+        screen: of the training file before any training, as in a run's spec.
         checkpoints: whether a checkpoint may become a model, each after a gate of its own.
     """
 
@@ -134,6 +136,7 @@ class PolicyDocument(_Part):
     gate: GateSpec
     on_fail: OnFail = Field(default_factory=OnFail)
     checkpoints: bool = True
+    screen: ScreenSpec | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

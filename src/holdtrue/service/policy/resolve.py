@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +79,9 @@ def resolve(document: PolicyDocument, request: JobRequest, attempt: int = 0) -> 
     held_out = request.validation is not None
     # A spec without suites would get all of them: the gate measures for itself, so that one is enough.
     suites = [name for name in document.evaluate.suites if held_out or name not in NEED_HELD_OUT] or ["likelihood"]
-    adapter = document.adapter.model_dump(mode="json")
+    adapter: dict[str, Any] = document.adapter.model_dump(mode="json")
     if request.parent is not None:
-        adapter["start"] = str(request.parent)
+        adapter = {**shape_of(request.parent), "dropout": document.adapter.dropout, "start": str(request.parent)}
     return RunSpec(
         model=document.base_model,
         data={"train": str(request.training), "validation": str(request.validation) if held_out else None},
@@ -96,5 +97,18 @@ def resolve(document: PolicyDocument, request: JobRequest, attempt: int = 0) -> 
         defenses=document.defenses_of(attempt),
         evaluate={**document.evaluate.model_dump(mode="json"), "suites": suites},
         gate=document.gate.model_dump(mode="json"),
+        screen=None if document.screen is None else document.screen.model_dump(mode="json"),
         folder=request.folder,
     )
+
+
+def shape_of(adapter: Path) -> dict[str, Any]:
+    """Return the keys of a spec's ``adapter`` that make one of the shape that a saved adapter has."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = config["target_modules"]
+    return {
+        "r": config["r"],
+        "alpha": config["lora_alpha"],
+        "rslora": config.get("use_rslora", False),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+    }

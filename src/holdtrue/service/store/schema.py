@@ -264,6 +264,17 @@ class JobCheckpoint(Base):
     created_at: Mapped[int] = mapped_column(BigInteger)
 
 
+class JobState(Base):
+    """Where another host goes on from: a run's directory in the object store, its encoded rows apart."""
+
+    __tablename__ = "job_states"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True)
+    rows: Mapped[str | None] = mapped_column(String(200))
+    rest: Mapped[str] = mapped_column(String(200))
+    saved_at: Mapped[int] = mapped_column(BigInteger)
+
+
 class Model(Base):
     """A model that can be asked for by name. Only ``ready`` ones are listed or served.
 

@@ -1,0 +1,425 @@
+"""Takes a job, runs it under its policy, and publishes what came of it; may die at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+from sqlalchemy import select
+
+from holdtrue.errors import DataError, GateError, HoldtrueError, Interrupted, NeedError, RunError, SpecError
+from holdtrue.models.digest import file_digest
+from holdtrue.runs import Control, Run, RunSpec, execute
+from holdtrue.runs import files as run_files
+from holdtrue.service import clock, ids
+from holdtrue.service.evidence import signing
+from holdtrue.service.jobs import events, leases, lifecycle, snapshot
+from holdtrue.service.jobs.leases import Lease, LeaseLostError
+from holdtrue.service.jobs.progress import Reporter
+from holdtrue.service.jobs.publish import Judged, action_after, model_name, publish
+from holdtrue.service.policy import JobRequest, PolicyDocument, RefusalError, resolve
+from holdtrue.service.policy import store as policies
+from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store.blobs import Blobs
+from holdtrue.service.store.database import Database
+from holdtrue.service.store.schema import ENDED, File, Job, JobCheckpoint, JobState, Model, Policy
+
+log = structlog.get_logger()
+IDLE_SECONDS = 1.0
+FAILED_SECONDS = 5.0
+_PATH = re.compile(r"(?<![\w.])(?:/[\w.@+-]+)+/([\w.@+-]+)")
+
+
+class _Plan(NamedTuple):
+    """What of a job the worker needs; read once, at the start of a lease."""
+
+    document: PolicyDocument
+    files: dict[str, tuple[str | None, str]]  # split -> the blob's key and its SHA-256
+    parent: tuple[str, str] | None  # an adapter's place and digest
+    hyperparameters: dict[str, Any]
+    seed: int
+    attempt: int
+    state: tuple[str | None, str] | None
+    wandb: bool
+
+
+class Worker:
+    """Works on one job at a time."""
+
+    def __init__(self, settings: ServiceSettings, *, db: Database | None = None, blobs: Blobs | None = None) -> None:
+        self._settings = settings
+        self._db = db or Database(settings.database)
+        self._blobs = blobs or Blobs(settings.blobs)
+        self._work = settings.home.absolute() / "work"
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._signer = signing.signer_of(settings)
+
+    def run(self, stop: threading.Event) -> None:
+        """Take jobs until told to stop; a job in hand is then saved and given back."""
+        self._set_threads()
+        while not stop.is_set():
+            try:
+                busy = self.work_one(stop)
+            except Exception:
+                log.exception("worker failed", worker=self._owner)
+                stop.wait(FAILED_SECONDS)
+                continue
+            if not busy:
+                stop.wait(IDLE_SECONDS)
+
+    def work_one(self, stop: threading.Event | None = None) -> bool:
+        """Take a job and work on it to its end, or as far as it goes; say whether there was one."""
+        self._clean()
+        lease = leases.take(self._db, self._owner, self._settings.lease_seconds)
+        if lease is None:
+            return False
+        bound = log.bind(job=lease.job_id, fence=lease.fence, worker=self._owner)
+        bound.info("took job")
+        held = _Held(lease, stop or threading.Event())
+        try:
+            with held:
+                action = self._train(lease, held)
+            bound.info("job done", action=action)
+        except (LeaseLostError, Interrupted) as error:
+            self._stopped(lease, held, error)
+        except Exception as error:
+            self._failed(lease, error)
+        return True
+
+    # One job
+
+    def _train(self, lease: Lease, held: _Held) -> str:
+        folder = self._work / lease.job_id / str(lease.fence)
+        folder.mkdir(parents=True)
+        plan = self._plan(lease)
+        request = self._fetch(plan, folder)
+        if plan.wandb and not os.environ.get("WANDB_API_KEY"):
+            with lease.write() as (session, job):
+                text = "W&B is not set up on this service: no metrics are sent there"
+                events.add(session, job, text, level="warn", once="wandb")
+        while True:
+            spec = resolve(plan.document, request, plan.attempt)
+            final, checkpoints = self._judge(lease, held, plan, spec, folder)
+            action = publish(lease, final, checkpoints, plan.document, self._blobs, self._signer)
+            if action != "retrain":
+                return action
+            plan = plan._replace(attempt=plan.attempt + 1, state=None)
+
+    def _judge(
+        self, lease: Lease, held: _Held, plan: _Plan, spec: RunSpec, folder: Path
+    ) -> tuple[Judged, list[Judged]]:
+        place = folder / f"attempt-{plan.attempt}"
+        if plan.state is not None:
+            keys = [key for key in plan.state if key is not None]
+            run = snapshot.restore(keys, place, spec, self._blobs)
+        else:
+            run = Run.create(place, spec)
+        keeper = _Keeper(run, lease, self._blobs, plan)
+        with Reporter(run, lease, plan.attempt, keeper) as reporter:
+            control = Control(progress=reporter.tell, stop=held.stop)
+            try:
+                execute(run, control)
+                keeper.save()
+                final = Judged(run, plan.attempt)
+                wanted = action_after(plan.document, str(final.gate["outcome"]), plan.attempt) == "release"
+                if not (wanted and plan.document.checkpoints):
+                    return final, []
+                return final, [self._checkpoint(run, step, plan.attempt, held) for step in keeper.steps()]
+            except Interrupted:
+                if not held.lost:
+                    keeper.save()
+                raise
+
+    def _checkpoint(self, run: Run, step: int, attempt: int, held: _Held) -> Judged:
+        """Put an earlier checkpoint through the weights hook and a gate of its own, as a run that ended there."""
+        place = run.path.with_name(f"{run.path.name}-step-{step}")
+        if not (place / "spec.json").exists():
+
+            def copy(target: Path) -> None:
+                for name in ("spec.json", "manifest.json", "metrics.jsonl"):
+                    shutil.copy2(run.path / name, target / name)
+                shutil.copytree(run.path / EPOCHS / str(step), target / "adapter_raw")
+                (target / "stages").mkdir()
+                for stage in run.stages_until("train"):
+                    shutil.copy2(run.path / "stages" / f"{stage}.json", target / "stages")
+
+            run_files.replace_folder(place, copy)
+        earlier = Run(place)
+        execute(earlier, Control(stop=held.stop))
+        return Judged(earlier, attempt, step)
+
+    # What a job needs
+
+    def _plan(self, lease: Lease) -> _Plan:
+        with self._db.read() as session:
+            job = session.scalars(select(Job).where(Job.id == lease.job_id)).one()
+            splits = {"train": job.training_file, "validation": job.validation_file}
+            found: dict[str, tuple[str | None, str]] = {}
+            for split, file_id in splits.items():
+                if file_id is not None:
+                    row = session.scalars(select(File).where(File.id == file_id)).one()
+                    found[split] = (row.blob, row.sha256)
+            parent = None
+            if job.parent_model_id is not None:
+                model = session.scalars(select(Model).where(Model.id == job.parent_model_id)).one()
+                if model.status != "ready" or model.adapter is None or model.adapter_digest is None:
+                    raise _CustomerError("model", f"{job.model} is no longer there to go on from", "model_not_found")
+                parent = (model.adapter, model.adapter_digest)
+            state = session.get(JobState, (job.id, job.attempt))
+            return _Plan(
+                policies.document_of(session.get_one(Policy, job.policy_id)),
+                found,
+                parent,
+                dict(job.hyperparameters),
+                job.seed,
+                job.attempt,
+                None if state is None else (state.rows, state.rest),
+                bool(job.integrations),
+            )
+
+    def _fetch(self, plan: _Plan, folder: Path) -> JobRequest:
+        paths: dict[str, Path] = {}
+        for split, (key, sha256) in plan.files.items():
+            if key is None:
+                raise _CustomerError(f"{split}_file", "the file was deleted before the job had ended", "file_deleted")
+            paths[split] = folder / f"{split}.jsonl"
+            self._blobs.fetch(key, paths[split])
+            if file_digest(paths[split]) != sha256:
+                raise RunError(f"the stored {split} file is not what was uploaded")
+        parent = None
+        if plan.parent is not None:
+            parent = folder / "parent"
+            self._blobs.fetch_tree(plan.parent[0], parent)
+        return JobRequest(
+            training=paths["train"],
+            validation=paths.get("validation"),
+            hyperparameters=plan.hyperparameters,
+            seed=plan.seed,
+            parent=parent,
+            folder=folder,
+        )
+
+    # When it does not end as it should
+
+    def _stopped(self, lease: Lease, held: _Held, error: HoldtrueError) -> None:
+        if held.lost or isinstance(error, LeaseLostError):
+            log.warning("lost job", job=lease.job_id, fence=lease.fence)
+        elif held.pausing:
+            with contextlib.suppress(LeaseLostError), lease.write() as (session, job):
+                job.tries -= 1
+                if job.wanted == "pause":
+                    lifecycle.move(session, job, "paused", "The job is paused")
+                else:
+                    lifecycle.move(session, job, "queued", "The job goes on")
+        else:
+            lease.release()
+
+    def _failed(self, lease: Lease, error: Exception) -> None:
+        log.error("job failed", job=lease.job_id, error=type(error).__name__, exc_info=True)
+        if run_files.is_disk_full(error):
+            lease.release("The service's storage is full; the job goes on when there is room")
+            time.sleep(FAILED_SECONDS)
+            return
+        told = _told(error)
+        with contextlib.suppress(LeaseLostError), lease.write() as (session, job):
+            if told is None:
+                lifecycle.move(session, job, "queued", "A worker failed; the job is tried again", level="warn")
+            else:
+                text = f"The job failed: {told['message']}"
+                lifecycle.move(session, job, "failed", text, error=told, level="error")
+
+    def _clean(self) -> None:
+        """Delete what ended jobs, and lost leases of this process, left on this host."""
+        if not self._work.is_dir():
+            return
+        names = [path.name for path in self._work.iterdir()]
+        with self._db.read() as session:
+            open_jobs = dict(
+                session.execute(
+                    select(Job.id, Job.lease_owner).where(Job.id.in_(names), Job.status.not_in(ENDED))
+                ).tuples()
+            )
+        for name in names:
+            owner = open_jobs.get(name)
+            if name not in open_jobs or owner is None or owner == self._owner:
+                shutil.rmtree(self._work / name, ignore_errors=True)
+
+    def _set_threads(self) -> None:
+        if self._settings.threads:
+            import torch
+
+            torch.set_num_threads(self._settings.threads)
+
+
+class _CustomerError(RunError):
+    def __init__(self, param: str, message: str, code: str) -> None:
+        self.param, self.code = param, code
+        super().__init__(message)
+
+
+class _Held:
+    """Renews a lease in a thread of its own, and sets ``stop`` when the work is to end.
+
+    Attributes:
+        stop: what the run looks at.
+        lost: the lease is gone: nothing may be written any more.
+        pausing: the customer wants the job to pause.
+    """
+
+    def __init__(self, lease: Lease, service_stop: threading.Event) -> None:
+        self.stop, self.lost, self.pausing = threading.Event(), False, False
+        self._lease, self._service_stop, self._done = lease, service_stop, threading.Event()
+        self._thread = threading.Thread(target=self._renew, name=f"lease {lease.job_id}", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _renew(self) -> None:
+        renewed, each = time.monotonic(), min(self._lease.seconds / 3, 10.0)
+        next_renewal = renewed + each
+        while not self._done.wait(min(each, 0.2)):
+            if self._service_stop.is_set():
+                self.stop.set()
+            if time.monotonic() < next_renewal:
+                continue
+            next_renewal = time.monotonic() + each
+            try:
+                if self._lease.renew() == "pause":
+                    self.pausing = True
+                    self.stop.set()
+                renewed = time.monotonic()
+            except LeaseLostError:
+                self.lost = True
+            except Exception as error:  # the database is away: hold on as long as the lease lasts
+                log.warning("cannot renew", job=self._lease.job_id, error=type(error).__name__)
+                self.lost = time.monotonic() - renewed > self._lease.seconds
+            if self.lost:
+                self.stop.set()
+                return
+
+
+EPOCHS = "epochs"
+"""The folder of a run in which the adapters of epochs' ends are kept, by step."""
+
+
+class _Keeper:
+    """Keeps a run's state in the object store, and its epochs' adapters in the run."""
+
+    SECONDS = 60.0
+
+    def __init__(self, run: Run, lease: Lease, blobs: Blobs, plan: _Plan) -> None:
+        self._run, self._lease, self._blobs, self._plan = run, lease, blobs, plan
+        self._rows = None if plan.state is None else plan.state[0]
+        self._saved_at, self._saw = time.monotonic(), self._mark()
+
+    def due(self, stage: str) -> bool:
+        """Say whether there is what is worth saving: a stage's end, a checkpoint, a minute of work on what has none."""
+        minute = stage != "train" and time.monotonic() - self._saved_at >= self.SECONDS
+        return minute or self._mark() != self._saw
+
+    def save(self) -> None:
+        """Save the run as it is now."""
+        self._keep_epochs()
+        if self._rows is None and self._run.is_done("prepare"):
+            self._rows = snapshot.save_rows(self._run, self._blobs)
+        rest = snapshot.save_rest(self._run, self._blobs)
+        with self._lease.write() as (session, job):
+            key = (job.id, self._plan.attempt)
+            state = session.get(JobState, key)
+            before = None if state is None else state.rest
+            if state is None:
+                state = JobState(job_id=key[0], attempt=key[1])
+                session.add(state)
+            state.rows, state.rest, state.saved_at = self._rows, rest, clock.now()
+            for step, metrics in self._epoch_metrics().items():
+                _checkpoint_row(session, job, self._plan.attempt, step, metrics)
+        if before is not None:
+            self._blobs.delete(before)
+        self._saved_at, self._saw = time.monotonic(), self._mark()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the kept adapters before the last one."""
+        folder = self._run.path / EPOCHS
+        return sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
+
+    def _mark(self) -> tuple[str, ...]:
+        sealed = (path.parent.name for path in self._run.checkpoints.glob("checkpoint-*/holdtrue_seal.json"))
+        done = (path.name for path in (self._run.path / "stages").glob("*.json"))
+        return tuple(sorted([*sealed, *done]))
+
+    def _keep_epochs(self) -> None:
+        """Copy out the adapters of checkpoints at which an epoch ended; the run itself keeps the last two alone."""
+        epochs = {int(m["step"]): m["epoch"] for m in self._run.metrics() if "loss" in m and "epoch" in m}
+        for step, epoch in epochs.items():
+            source, target = self._run.checkpoints / f"checkpoint-{step}", self._run.path / EPOCHS / str(step)
+            ended = abs(epoch - round(epoch)) < 1e-9
+            if ended and (source / "holdtrue_seal.json").is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                run_files.replace_folder(target, lambda to, source=source: _copy_adapter(source, to))
+
+    def _epoch_metrics(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        last = (self._run.marker("train") or {}).get("report", {}).get("steps")
+        wanted = {*self.steps(), *([last] if last else [])}
+        for metrics in self._run.metrics():
+            if metrics["step"] in wanted and "loss" in metrics:
+                found[metrics["step"]] = {"step": metrics["step"], "train_loss": metrics["loss"]}
+            if metrics["step"] in found and "eval_loss" in metrics:
+                found[metrics["step"]]["full_valid_loss"] = metrics["eval_loss"]
+        return found
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy2(source / name, target / name)
+
+
+def _checkpoint_row(session: Any, job: Job, attempt: int, step: int, metrics: Mapping[str, Any]) -> None:
+    place = (JobCheckpoint.job_id == job.id, JobCheckpoint.attempt == attempt, JobCheckpoint.step_number == step)
+    if session.scalar(select(JobCheckpoint.id).where(*place)) is None:
+        name = f"{model_name(session, job)}:ckpt-step-{step}"
+        session.add(
+            JobCheckpoint(
+                id=ids.new("ftckpt"),
+                job_id=job.id,
+                attempt=attempt,
+                step_number=step,
+                name=name,
+                metrics=dict(metrics),
+                model_id=None,
+                created_at=clock.now(),
+            )
+        )
+        events.add(session, job, f"Checkpoint created at step {step}", once=f"checkpoint:{attempt}:{step}")
+
+
+def _told(error: Exception) -> dict[str, Any] | None:
+    """Return what to tell a customer of an error, without places on this host; ``None`` where trying again may help."""
+    message = _PATH.sub(r"\1", str(error))[:2000]
+    if isinstance(error, _CustomerError):
+        return {"code": error.code, "message": message, "param": error.param}
+    if isinstance(error, RefusalError):
+        return {"code": "invalid_hyperparameters", "message": message, "param": error.param}
+    if isinstance(error, DataError):
+        return {"code": "invalid_training_file", "message": message, "param": "training_file"}
+    if isinstance(error, GateError):
+        return {"code": "screening", "message": message, "param": "training_file"}
+    if isinstance(error, NeedError | SpecError):
+        text = "the provider's policy cannot be carried out on this job: " + message
+        return {"code": "policy_error", "message": text, "param": None}
+    if isinstance(error, RunError):
+        return {"code": "training_error", "message": message, "param": None}
+    return None
