@@ -57,8 +57,7 @@ def create_app(settings: ServiceSettings, *, db: Database | None = None, blobs: 
         # For the document alone: the gatekeeper has let the caller in before any route is looked for.
         known = [Security(HTTPBearer(auto_error=False))] if router is not health.router else []
         app.include_router(router, dependencies=known)
-    for router in web.routers():
-        app.include_router(router, include_in_schema=False)
+    web.install(app)
     errors.install(app, web.answer)
     app.add_middleware(Gatekeeper, parts=parts)
     app.add_middleware(Edge, metrics=parts.metrics, upload_bytes=settings.upload_bytes, answer=web.answer)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from holdtrue.service.store.schema import Job, JobEvent
+from holdtrue.service.store.schema import Job, JobCheckpoint, JobEvent
 
 MOST_EVENTS = 20_000
 MOST_POINTS = 300
 """Rows of the table that a page carries; more are thinned evenly."""
-_LOSS = ("train_loss", "loss", "ce")
-_VALIDATION = ("valid_loss", "full_valid_loss", "eval_loss")
-_KL = ("kl", "train_kl")
+_ATTEMPT = re.compile(r"step:(\d+):\d+")
 
 
 @dataclass(frozen=True)
@@ -45,47 +44,44 @@ class Point:
 
 def point_of(event: JobEvent) -> Point | None:
     """Return what a metrics event measured; ``None`` for any other event, and for one without a step."""
-    data = event.data
+    data, told = event.data, _ATTEMPT.fullmatch(event.once or "")
     if event.type != "metrics" or not isinstance(data, dict):
         return None
-    step, attempt = data.get("step"), data.get("attempt", 0)
-    if isinstance(step, bool) or not isinstance(step, int) or not isinstance(attempt, int):
+    step = data.get("step")
+    if isinstance(step, bool) or not isinstance(step, int):
         return None
-    found = Point(attempt, step, _first(data, _LOSS), _first(data, _VALIDATION), _first(data, _KL))
-    return found if (found.loss, found.validation, found.kl) != (None, None, None) else None
+    attempt = int(told[1]) if told else 0
+    return Point(attempt, step, _number(data, "train_loss"), _held_out(data), _number(data, "kl"))
 
 
-def _first(data: dict[str, Any], names: Sequence[str]) -> float | None:
-    for name in names:
-        value = data.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    return None
+def _number(data: dict[str, Any], name: str) -> float | None:
+    value = data.get(name)
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
+def _held_out(data: dict[str, Any]) -> float | None:
+    whole = _number(data, "full_valid_loss")
+    return _number(data, "valid_loss") if whole is None else whole
 
 
 def curves(session: Session, job: Job) -> list[Point]:
-    """Return the points of a job's last training in the order of their steps, thinned to ``MOST_POINTS``."""
+    """Return the points of a job's last training in the order of their steps, thinned to ``MOST_POINTS``.
+
+    The loss of held-out rows is taken from the checkpoints, which have it.
+    """
     query = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.type == "metrics")
     newest = session.scalars(query.order_by(JobEvent.seq.desc()).limit(MOST_EVENTS)).all()
-    by_step: dict[int, Point] = {}
-    last: int | None = None
-    for event in reversed(newest):
-        point = point_of(event)
-        if point is None:
-            continue
-        if last is not None and point.attempt != last:
-            by_step.clear()
-        last = point.attempt
-        before = by_step.get(point.step)
-        by_step[point.step] = point if before is None else _both(before, point)
+    points = [point for point in map(point_of, reversed(newest)) if point is not None]
+    attempt = max((point.attempt for point in points), default=0)
+    by_step = {point.step: point for point in points if point.attempt == attempt}
+    checkpoints = select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.attempt == attempt)
+    for row in session.scalars(checkpoints):
+        held_out = _held_out(row.metrics)
+        if held_out is not None:
+            point = by_step.get(row.step_number, Point(attempt, row.step_number, None, None, None))
+            by_step[row.step_number] = replace(point, validation=held_out)
     return thin([by_step[step] for step in sorted(by_step)])
-
-
-def _both(one: Point, two: Point) -> Point:
-    """Return a point of two events on one step: training and validation may come apart."""
-    names = ("loss", "validation", "kl")
-    later = {name: getattr(two, name) if getattr(two, name) is not None else getattr(one, name) for name in names}
-    return Point(two.attempt, two.step, **later)
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -170,9 +170,8 @@ def scores(card: Mapping[str, Any]) -> list[Score]:
     made = [_score(label, each) for label, each in found if isinstance(each, Mapping)]
     kl = card.get("kl")
     if isinstance(kl, Mapping):
-        made.append(
-            Score(f"KL to the base, {kl.get('where') or 'rows'} (nats a token)", _number(kl.get("value")), *[None] * 4)
-        )
+        label = f"KL to the base, {kl.get('where') or 'rows'} (nats a token)"
+        made.append(Score(label, _number(kl.get("value")), None, None, None, None))
     return made
 
 

@@ -14,6 +14,8 @@ from holdtrue.service import ids
 from holdtrue.service.api import schemas
 from holdtrue.service.api.context import PartsDep, Provider
 from holdtrue.service.api.errors import ApiError, not_found
+from holdtrue.service.evidence import signing
+from holdtrue.service.jobs import publish
 from holdtrue.service.store.schema import GateDecision, Job, Organization, Policy, Project
 from holdtrue.service.web.findings import verdict
 from holdtrue.service.web.pages import redirect, render
@@ -37,12 +39,15 @@ def queue(request: Request, parts: PartsDep, caller: Provider) -> Response:
     with parts.db.read() as session:
         rows = select(GateDecision, Job, Organization.name).join(Job, Job.id == GateDecision.job_id)
         rows = rows.join(Organization, Organization.id == Job.organization_id)
-        waiting = rows.where(GateDecision.action == "hold", GateDecision.override.is_(None))
+        open_ones = rows.where(GateDecision.override.is_(None), GateDecision.step_number == 0)
+        waiting = open_ones.where(GateDecision.action == "hold", Job.held).order_by(GateDecision.created_at)
+        blocked = open_ones.where(GateDecision.action == "block").order_by(GateDecision.created_at.desc())
         decided = rows.where(GateDecision.override.is_not(None)).order_by(GateDecision.override_at.desc())
         return render(
             request,
             "gate.html.j2",
-            waiting=session.execute(waiting.order_by(GateDecision.created_at, GateDecision.id).limit(MOST)).all(),
+            waiting=session.execute(waiting.limit(MOST)).all(),
+            blocked=session.execute(blocked.limit(_RECENT)).all(),
             decided=session.execute(decided.limit(_RECENT)).all(),
         )
 
@@ -61,6 +66,7 @@ def _values(session: Session, decision_id: str) -> dict[str, Any]:
     job = session.scalars(select(Job).where(Job.id == row.job_id)).one()
     return {
         "verdict": verdict(row),
+        "open": row.action in ("hold", "block") and row.override is None and row.step_number == 0,
         "job": job,
         "policy": session.get_one(Policy, job.policy_id),
         "project": session.get_one(Project, job.project_id),
@@ -71,8 +77,6 @@ def _values(session: Session, decision_id: str) -> dict[str, Any]:
 @router.post("/gate/{decision_id}")
 def decide(decision_id: str, request: Request, form: Sent, parts: PartsDep, caller: Provider) -> Response:
     """Release or block, under a name and with a reason."""
-    from holdtrue.service.jobs import publish
-
     word = field(form, "decision")
     given = {name: field(form, name) for name in Word.model_fields}
     wrong: dict[str, str] = {}
@@ -87,9 +91,12 @@ def decide(decision_id: str, request: Request, form: Sent, parts: PartsDep, call
     if wrong or said is None:
         with parts.db.read() as session:
             return render(request, "decision.html.j2", 400, **_values(session, decision_id), wrong=wrong, given=given)
-    with parts.db.write() as session:
-        if not _values(session, decision_id)["verdict"].waits:
-            raise ApiError(409, "This was decided already; open the page again", code="decided")
-        by = f"{said.by} ({caller.principal.key_id})"
-        publish.decide(session, decision_id, release=word == "release", by=by, reason=said.reason)
+    by = f"{said.by} ({caller.principal.key_id})"
+    signer = signing.signer_of(parts.settings)
+    try:
+        with parts.db.write() as session:
+            _values(session, decision_id)
+            publish.decide(session, decision_id, release=word == "release", by=by, reason=said.reason, signer=signer)
+    except publish.DecisionError as error:
+        raise ApiError(409, str(error), code="decided") from None
     return redirect(f"/gate?said={'released' if word == 'release' else 'blocked'}")

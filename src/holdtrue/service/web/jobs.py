@@ -34,10 +34,8 @@ STAGES = {
     "finalise": "Finish the adapter",
     "evaluate": "Evaluate",
     "gate": "Gate",
-    "publish": "Publish",
 }
-OPTIONAL = ("screen",)
-"""Stages that a job may not have; they are shown while they are worked on."""
+Place = Literal["done", "current", "stopped", "ahead"]
 
 
 @router.get("/jobs")
@@ -69,7 +67,7 @@ def _values(session: Session, parts: Any, caller: Caller, job: Job) -> dict[str,
         "job": job,
         "wire": api.retrieve_job(job.id, parts, caller),
         "ended": job.status in ENDED,
-        "stages": stages(job),
+        "stages": stages(job, _has(policy, "screen")),
         "policy": policy,
         "points": points,
         "attempt": points[-1].attempt if points else job.attempt,
@@ -89,16 +87,18 @@ def _values(session: Session, parts: Any, caller: Caller, job: Job) -> dict[str,
 def _verdicts(session: Session, caller: Caller, job: Job, policy: Policy) -> list[Verdict]:
     query = select(GateDecision).where(GateDecision.job_id == job.id)
     rows = session.scalars(query.order_by(GateDecision.created_at.desc(), GateDecision.step_number)).all()
-    told = caller.principal.role == "provider" or not _own_questions(policy)
+    # The shipped questions are known to everybody; a provider's own are not a customer's to train on.
+    told = caller.principal.role == "provider" or not _has(policy, "questions")
     return [verdict(row, questions=told) for row in rows]
 
 
-def _own_questions(policy: Policy) -> bool:
-    """Whether the policy measures on a provider's own files; the shipped questions are known to everybody anyway."""
+def _has(policy: Policy, what: Literal["screen", "questions"]) -> bool:
+    """Whether a policy screens the data, or measures on the provider's own files; both where it cannot be read."""
     try:
-        return bool(policies.document_of(policy).evaluate.data)
+        document = policies.document_of(policy)
     except HoldtrueError:
         return True
+    return document.screen is not None if what == "screen" else bool(document.evaluate.data)
 
 
 def _events(session: Session, job: Job) -> list[JobEvent]:
@@ -110,18 +110,20 @@ def _file(caller: Caller, file_id: str | None) -> Any:
     return select(File).where(File.id == file_id, File.project_id == caller.project_id)
 
 
-def stages(job: Job) -> list[tuple[str, Literal["done", "current", "ahead"]]]:
-    """Return the stages of a job by their names for people, each with where it stands."""
-    current = job.status if job.status in STAGES else job.stage
-    shown = [name for name in STAGES if name not in OPTIONAL or name == current]
-    if current not in shown:
-        current = None
-    at = shown.index(current) if current is not None else -1
+def stages(job: Job, screened: bool) -> list[tuple[str, Place]]:
+    """Return the stages of a job by their names for people, each with where it stands.
+
+    Args:
+        screened: whether the job's policy screens the data.
+    """
+    shown = [name for name in STAGES if name != "screen" or screened]
     if job.status == "succeeded":
         return [(STAGES[name], "done") for name in shown]
+    current = job.status if job.status in shown else job.stage or ("prepare" if job.status == "running" else None)
+    at = shown.index(current) if current in shown else 0
+    here: Place = "stopped" if job.status in (*ENDED, "paused") else "current"
     return [
-        (STAGES[name], "done" if index < at else "current" if index == at else "ahead")
-        for index, name in enumerate(shown)
+        (STAGES[name], "done" if index < at else here if index == at else "ahead") for index, name in enumerate(shown)
     ]
 
 

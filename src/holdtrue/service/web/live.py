@@ -29,8 +29,6 @@ _LONGEST_SECONDS = 3600.0
 _STREAMS = 200
 _STREAMS_OF_ONE = 20
 _EVENTS_A_POLL = 500
-_LOOK_BACK = 20
-"""Two events may become visible in another order than that of their numbers: so many are looked at once more."""
 _open: Counter[str] = Counter()
 
 
@@ -93,7 +91,7 @@ class _Watch:
 
     def __init__(self, job_id: str, after: int) -> None:
         self.job_id = job_id
-        self.told: list[int] = [after]
+        self.after = after
         self.state: tuple[Any, ...] | None = None
 
     def look(self, parts: Parts) -> tuple[list[str], bool]:
@@ -103,11 +101,11 @@ class _Watch:
             decided = select(func.count(GateDecision.id), func.count(GateDecision.override))
             decisions = session.execute(decided.where(GateDecision.job_id == job.id)).one()
             state = (job.status, job.stage, job.attempt, job.wanted, job.held, *decisions)
-            query = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.seq > self.told[0])
-            query = query.where(JobEvent.seq.not_in(self.told[1:])).order_by(JobEvent.seq)
-            events = session.scalars(query.limit(_EVENTS_A_POLL)).all()
+            # A job's events become visible in the order of their numbers: who writes one holds the job's row.
+            query = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.seq > self.after)
+            events = session.scalars(query.order_by(JobEvent.seq).limit(_EVENTS_A_POLL)).all()
         lines = [_event(row) for row in events]
-        self.told = sorted([*self.told, *(row.seq for row in events)])[-_LOOK_BACK - 1 :]
+        self.after = events[-1].seq if events else self.after
         changed, self.state = state != self.state, state
         if changed:
             lines.append(_line("state", {"status": job.status, "stage": job.stage or ""}))
