@@ -92,12 +92,17 @@ def tab(chromium, site: str) -> Iterator:
     contexts = []
     complaints: list[str] = []
 
+    def complain(message) -> None:
+        refused = "status of 40" in message.text and "/static/" not in message.location["url"]  # a page, on purpose
+        if message.type in ("error", "warning") and not refused:
+            complaints.append(message.text)
+
     def make(key: str | None = None, **options):
         context = chromium.new_context(base_url=site, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
-        page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
+        page.on("console", complain)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
         if key:

@@ -104,12 +104,12 @@ class _Watch:
             # A job's events become visible in the order of their numbers: who writes one holds the job's row.
             query = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.seq > self.after)
             events = session.scalars(query.order_by(JobEvent.seq).limit(_EVENTS_A_POLL)).all()
-        lines = [_event(row) for row in events]
-        self.after = events[-1].seq if events else self.after
-        changed, self.state = state != self.state, state
-        if changed:
-            lines.append(_line("state", {"status": job.status, "stage": job.stage or ""}))
-        return lines, job.status in ENDED and not job.held and len(events) < _EVENTS_A_POLL
+            lines = [_event(row) for row in events]
+            self.after = events[-1].seq if events else self.after
+            if state != self.state:
+                self.state = state
+                lines.append(_line("state", {"status": job.status, "stage": job.stage or ""}))
+            return lines, job.status in ENDED and len(events) < _EVENTS_A_POLL
 
 
 def _event(row: JobEvent) -> str:
