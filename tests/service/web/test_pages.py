@@ -148,8 +148,10 @@ def test_a_person_releases_what_is_held(server: Server, visit):
     with server.db.read() as session:
         row = session.get_one(GateDecision, decision)
         assert (row.override, row.override_reason) == ("release", said["reason"])
-        assert row.override_by is not None
-        assert row.override_by.startswith("Ada Lovelace (key-")
+        assert row.override_by == "Ada Lovelace"
+        entry = session.scalars(select(AuditEntry).where(AuditEntry.subject == decision)).one()
+        assert entry.actor.startswith("key-")
+        assert entry.detail == {"by": "Ada Lovelace", "decision": "release"}
         (model, status), *_ = session.execute(select(Model.name, Model.status).where(Model.job_id == job_id)).all()
         assert status == "ready"
         receipts = session.scalars(select(Receipt).where(Receipt.job_id == job_id)).all()

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from holdtrue.service.store.schema import Job, JobCheckpoint, JobEvent
 
-MOST_EVENTS = 20_000
+MOST_EVENTS = 2000
+"""Steps that are read of a job; of more, some at even distances."""
 MOST_POINTS = 300
 """Rows of the table that a page carries; more are thinned evenly."""
 _ATTEMPT = re.compile(r"step:(\d+):\d+")
@@ -70,9 +71,7 @@ def curves(session: Session, job: Job) -> list[Point]:
 
     The loss of held-out rows is taken from the checkpoints, which have it.
     """
-    query = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.type == "metrics")
-    newest = session.scalars(query.order_by(JobEvent.seq.desc()).limit(MOST_EVENTS)).all()
-    points = [point for point in map(point_of, reversed(newest)) if point is not None]
+    points = [point for point in map(point_of, _steps(session, job)) if point is not None]
     attempt = max((point.attempt for point in points), default=0)
     by_step = {point.step: point for point in points if point.attempt == attempt}
     checkpoints = select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.attempt == attempt)
@@ -82,6 +81,16 @@ def curves(session: Session, job: Job) -> list[Point]:
             point = by_step.get(row.step_number, Point(attempt, row.step_number, None, None, None))
             by_step[row.step_number] = replace(point, validation=held_out)
     return thin([by_step[step] for step in sorted(by_step)])
+
+
+def _steps(session: Session, job: Job) -> Sequence[JobEvent]:
+    own = (JobEvent.job_id == job.id, JobEvent.type == "metrics")
+    count = session.scalar(select(func.count(JobEvent.seq)).where(*own)) or 0
+    every = max(1, math.ceil(count / MOST_EVENTS))
+    place = func.row_number().over(order_by=JobEvent.seq.desc()).label("place")
+    numbered = select(JobEvent.seq, place).where(*own).subquery()
+    chosen = select(numbered.c.seq).where((numbered.c.place - 1) % every == 0)
+    return session.scalars(select(JobEvent).where(JobEvent.seq.in_(chosen)).order_by(JobEvent.seq)).all()
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import Field, ValidationError
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 from starlette.responses import Response
 
-from holdtrue.service import ids
+from holdtrue.service import audit, clock, ids
 from holdtrue.service.api import schemas
 from holdtrue.service.api.context import PartsDep, Provider
 from holdtrue.service.api.errors import ApiError, not_found
@@ -37,12 +37,12 @@ class Word(schemas.Request):
 def queue(request: Request, parts: PartsDep, caller: Provider) -> Response:
     """List what waits, the oldest first, and what people decided last."""
     with parts.db.read() as session:
-        rows = select(GateDecision, Job, Organization.name).join(Job, Job.id == GateDecision.job_id)
-        rows = rows.join(Organization, Organization.id == Job.organization_id)
+        rows = select(GateDecision, Job, Organization.name).options(defer(GateDecision.report, raiseload=True))
+        rows = rows.join(Job, Job.id == GateDecision.job_id).join(Organization, Organization.id == Job.organization_id)
         open_ones = rows.where(GateDecision.override.is_(None), GateDecision.step_number == 0)
         waiting = open_ones.where(GateDecision.action == "hold", Job.held).order_by(GateDecision.created_at)
         blocked = open_ones.where(GateDecision.action == "block").order_by(GateDecision.created_at.desc())
-        decided = rows.where(GateDecision.override.is_not(None)).order_by(GateDecision.override_at.desc())
+        decided = rows.where(GateDecision.override_at.is_not(None)).order_by(GateDecision.override_at.desc())
         return render(
             request,
             "gate.html.j2",
@@ -91,12 +91,15 @@ def decide(decision_id: str, request: Request, form: Sent, parts: PartsDep, call
     if wrong or said is None:
         with parts.db.read() as session:
             return render(request, "decision.html.j2", 400, **_values(session, decision_id), wrong=wrong, given=given)
-    by = f"{said.by} ({caller.principal.key_id})"
     signer = signing.signer_of(parts.settings)
     try:
         with parts.db.write() as session:
             _values(session, decision_id)
-            publish.decide(session, decision_id, release=word == "release", by=by, reason=said.reason, signer=signer)
+            release = word == "release"
+            publish.decide(session, decision_id, release=release, by=said.by, reason=said.reason, signer=signer)
+            # The name is what was typed; the key is who it was.
+            detail = {"by": said.by, "decision": word}
+            audit.add(session, caller.principal.key_id, "gate.decide", decision_id, now=clock.now(), detail=detail)
     except publish.DecisionError as error:
         raise ApiError(409, str(error), code="decided") from None
     return redirect(f"/gate?said={'released' if word == 'release' else 'blocked'}")

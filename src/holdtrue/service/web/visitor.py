@@ -59,8 +59,9 @@ async def read_form(request: Request) -> Form:
 
 def _own(request: Request) -> bool:
     """Whether a browser says that one of our pages sent this; a client that says nothing has the token to show."""
-    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        return False
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
     origin = request.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 

@@ -184,7 +184,7 @@
   function listen(from) {
     let source = null;
     let last = from;
-    let state = document.getElementById("state").dataset.status + "|";
+    let state = document.getElementById("state").dataset.state;
     const seen = new Set();
     const take = (handler) => (event) => {
       if (event.lastEventId && seen.has(event.lastEventId)) return;
