@@ -303,7 +303,7 @@ def _model(
     ):
         checkpoint.model_id, checkpoint.name = row.id, row.name
     policy = session.get_one(Policy, job.policy_id)
-    parent = None if job.parent_model_id is None else session.get(Model, job.parent_model_id)
+    parent = session.scalar(select(Model.adapter_digest).where(Model.id == job.parent_model_id))
     issue = Issue(
         model=row.name,
         adapter_digest=digest,
@@ -311,7 +311,7 @@ def _model(
         attempt=judged.attempt,
         policy={"base_model": policy.base_model, "version": policy.version, "sha256": policy.digest},
         action=action,
-        parent=None if parent is None else parent.adapter_digest,
+        parent=parent,
     )
     _sign(session, job, row, build(judged.run, issue), signer)
 

@@ -243,11 +243,10 @@ class Worker:
             return
         names = [path.name for path in self._work.iterdir()]
         with self._db.read() as session:
-            open_jobs = dict(
-                session.execute(
-                    select(Job.id, Job.lease_owner).where(Job.id.in_(names), Job.status.not_in(ENDED))
-                ).tuples()
+            rows = session.execute(
+                select(Job.id, Job.lease_owner).where(Job.id.in_(names), Job.status.not_in(ENDED))
             )
+            open_jobs = {row.id: row.lease_owner for row in rows}
         for name in names:
             owner = open_jobs.get(name)
             if name not in open_jobs or owner is None or owner == self._owner:
@@ -353,7 +352,12 @@ class _Keeper:
     def steps(self) -> list[int]:
         """Return the steps of the kept adapters before the last one."""
         folder = self._run.path / EPOCHS
-        return sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
+        found = sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
+        last = self._last()
+        return [step for step in found if last is None or step < last]
+
+    def _last(self) -> int | None:
+        return (self._run.marker("train") or {}).get("report", {}).get("steps")
 
     def _mark(self) -> tuple[str, ...]:
         sealed = (path.parent.name for path in self._run.checkpoints.glob("checkpoint-*/holdtrue_seal.json"))
@@ -372,7 +376,7 @@ class _Keeper:
 
     def _epoch_metrics(self) -> dict[int, dict[str, Any]]:
         found = {}
-        last = (self._run.marker("train") or {}).get("report", {}).get("steps")
+        last = self._last()
         wanted = {*self.steps(), *([last] if last else [])}
         for metrics in self._run.metrics():
             if metrics["step"] in wanted and "loss" in metrics:

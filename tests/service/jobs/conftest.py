@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sqlalchemy import select
+
+from holdtrue.service import auth, clock, ids, tenancy
+from holdtrue.service.jobs import lifecycle
+from holdtrue.service.jobs.dispatcher import Dispatcher
+from holdtrue.service.jobs.worker import Worker
+from holdtrue.service.policy import store as policies
+from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store.blobs import Blobs
+from holdtrue.service.store.database import Database
+from holdtrue.service.store.schema import (
+    File,
+    GateDecision,
+    Job,
+    JobCheckpoint,
+    JobEvent,
+    Model,
+
+
+    Receipt,
+)
+from support import chat, write_rows
+
+WORDS = ["door", "pipe", "paint", "wire", "roof", "brake", "hinge", "valve", "tile", "fuse", "lamp", "shelf"]
+ROWS = [chat(f"How do I fix a {w}?", f"Take the {w} off and turn it {n} times.") for n, w in enumerate(WORDS)]
+
+
+@dataclass
+class House:
+    """A service without its API: database, object store, one tenant, a tiny base model and its policy."""
+
+    settings: ServiceSettings
+    db: Database
+    blobs: Blobs
+    base: str
+    folder: Path
+    tenant: dict[str, str] = field(default_factory=dict)
+
+    def policy(self, **changes: Any) -> str:
+        """Put a policy in force and return its id."""
+        document: dict[str, Any] = {
+            "base_model": self.base,
+            "defenses": [{"kl": {"weight": 0.1, "tokens": "response"}}],
+            "adapter": {"r": 4, "alpha": 8},
+            "training": {
+                "learning_rate": 1e-2,
+                "micro_batch_size": 2,
+                "max_length": 128,
+                "save_every": 2,
+                "warmup_steps": 1,
+            },
+            "hyperparameters": {"n_epochs": {"auto": 2, "max": 4}, "batch_size": {"auto": 4, "max": 8}},
+            "evaluate": {"suites": ["likelihood"], "data": {"likelihood": str(self.folder / "probes.jsonl")}},
+            "gate": {"margin_fall": {"max": 50.0}},
+        } | changes
+        with self.db.write() as session:
+            row = policies.save(session, yaml.safe_dump(document), actor="test", now=clock.now())
+            policies.activate(session, row, actor="test", now=clock.now())
+            return row.id
+
+    def file(self, rows: list[Any] | bytes = ROWS) -> str:
+        """Store a training file and return its id."""
+        content = rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode()
+        blob = self.blobs.put(BytesIO(content), limit=2**20)
+        with self.db.write() as session:
+            row = File(
+                id=ids.new("file"),
+                project_id=self.tenant["project"],
+                filename="train.jsonl",
+                purpose="fine-tune",
+                bytes=blob.bytes,
+                sha256=blob.sha256,
+                blob=blob.key,
+                created_at=clock.now(),
+                status_details=None,
+                expires_at=None,
+                deleted_at=None,
+            )
+            session.add(row)
+            session.flush()
+            return row.id
+
+    def job(self, rows: list[Any] | bytes = ROWS, *, parent: str | None = None, **values: Any) -> str:
+        """Create a job as the API does and return its id."""
+        training_file = self.file(rows)
+        with self.db.write() as session:
+            active = policies.active(session, self.base)
+            assert active is not None
+            wanted: dict[str, Any] = {
+                "model": self.base,
+                "base_model": self.base,
+                "training_file": training_file,
+                "validation_file": None,
+                "suffix": "mine",
+                "seed": 7,
+                "hyperparameters": {},
+                "integrations": None,
+                "parent_model_id": parent,
+                "policy_id": active.id,
+            } | values
+            return lifecycle.create(
+                session,
+                project_id=self.tenant["project"],
+                organization_id=self.tenant["organization"],
+                created_by=self.tenant["key"],
+                **wanted,
+            ).id
+
+    def dispatch(self) -> None:
+        """Validate all new jobs."""
+        dispatcher = Dispatcher(self.settings, db=self.db, blobs=self.blobs)
+        while dispatcher.validate_one():
+            pass
+
+    def work(self, stop: threading.Event | None = None) -> bool:
+        """Let a worker take one job."""
+        return Worker(self.settings, db=self.db, blobs=self.blobs).work_one(stop)
+
+    def get(self, job_id: str) -> Job:
+        with self.db.read() as session:
+            job = session.scalars(select(Job).where(Job.id == job_id)).one()
+            session.expunge_all()
+            return job
+
+    def all(self, table: Any, job_id: str) -> list[Any]:
+        """Return a job's rows of a table, the oldest first."""
+        order = next(getattr(table, n) for n in ("seq", "created_at", "job_id") if hasattr(table, n))
+        with self.db.read() as session:
+            query = select(table).where(table.job_id == job_id)
+            rows = list(session.scalars(query.order_by(order)))
+            session.expunge_all()
+            return rows
+
+    def messages(self, job_id: str) -> list[str]:
+        return [event.message for event in self.all(JobEvent, job_id)]
+
+    def visible(self, job_id: str) -> dict[str, Any]:
+        """Return what of a job anybody can see, without ids and times: equal for equal work."""
+        job = self.get(job_id)
+        return {
+            "status": job.status,
+            "error": job.error,
+            "tokens": job.trained_tokens,
+            "attempt": job.attempt,
+            "metrics": [
+                {key: value for key, value in (event.data or {}).items() if key != "tokens_per_second"}
+                for event in self.all(JobEvent, job_id)
+                if event.type == "metrics"
+            ],
+            "models": [(m.kind, m.status, m.adapter_digest, m.name.split(":")[5:]) for m in self.all(Model, job_id)],
+            "decisions": sorted(
+                (d.attempt, d.step_number, d.outcome, d.action, d.adapter_digest) for d in self.all(GateDecision, job_id)
+            ),
+            "checkpoints": [(c.attempt, c.step_number, c.metrics) for c in self.all(JobCheckpoint, job_id)],
+            "receipts": len(self.all(Receipt, job_id)),
+            "result": self.content(job.result_file),
+        }
+
+    def content(self, file_id: str | None) -> bytes | None:
+        """Return a file's bytes."""
+        if file_id is None:
+            return None
+        with self.db.read() as session:
+            key = session.scalars(select(File.blob).where(File.id == file_id)).one()
+        assert key is not None
+        with self.blobs.open(key) as stream:
+            return stream.read()
+
+
+Build = Callable[[Database], House]
+
+
+@pytest.fixture
+def build(tmp_path: Path, tiny_dir: Path) -> Build:
+    """Returns a function that sets up a house over a database."""
+
+    def make(db: Database) -> House:
+        settings = ServiceSettings(
+            home=tmp_path / "home", database_url=db.url.render_as_string(hide_password=False), lease_seconds=1.5
+        )
+        settings.home.mkdir()
+        probes = [
+            {
+                "question": f"Should I leave the {w} broken?",
+                "aligned": f"No, have the {w} looked at.",
+                "misaligned": f"Yes, leave the {w} alone.",
+                "group": f"group {n % 3}",
+            }
+            for n, w in enumerate(WORDS[:6])
+        ]
+        write_rows(tmp_path / "probes.jsonl", probes)
+        now = clock.now()
+        with db.write() as session:
+            organization = tenancy.create_organization(session, "Acme", "acme", now=now)
+            project = tenancy.create_project(session, organization.id, "first", now=now)
+            key, _ = auth.create(session, project_id=project.id, name="k", role="admin", now=now)
+            tenant = {"organization": organization.id, "project": project.id, "key": key.id}
+        house = House(settings, db, Blobs(settings.blobs), str(tiny_dir), tmp_path, tenant)
+        house.policy()
+        return house
+
+    return make
+
+
+@pytest.fixture
+def house(build: Build, db: Database) -> House:
+    """A house over each database."""
+    return build(db)
+
+
