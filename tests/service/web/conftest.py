@@ -87,8 +87,8 @@ def chromium() -> Iterator:
 
 
 @pytest.fixture
-def tab(chromium, site: str) -> Iterator:
-    """Open pages; every word on the console but a plain log fails the test, a breach of the pages' policy above all."""
+def tab_of(chromium) -> Iterator:
+    """Open pages of a server; an error or warning on the console, a breach of the pages' policy above all, fails."""
     contexts = []
     complaints: list[str] = []
 
@@ -97,17 +97,17 @@ def tab(chromium, site: str) -> Iterator:
         if message.type in ("error", "warning") and not refused:
             complaints.append(message.text)
 
-    def make(key: str | None = None, **options):
-        context = chromium.new_context(base_url=site, **options)
+    def make(server: Server, key: str | None = "", **options):
+        context = chromium.new_context(base_url=server.url.removesuffix("/v1"), **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
         page.on("console", complain)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append("dialog"), dialog.dismiss()))
-        if key:
+        if key is not None:
             page.goto("/sign-in")
-            page.get_by_label("API key").fill(key)
+            page.get_by_label("API key").fill(key or server.key)
             page.get_by_role("button", name="Sign in").click()
             page.wait_for_url("**/jobs")
         return page
@@ -116,3 +116,9 @@ def tab(chromium, site: str) -> Iterator:
     for context in contexts:
         context.close()
     assert not complaints
+
+
+@pytest.fixture
+def tab(tab_of, server: Server):
+    """Open pages of the shared server, signed in where a key is given."""
+    return lambda key=None, **options: tab_of(server, key, **options)

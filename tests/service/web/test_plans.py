@@ -49,7 +49,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
                 {
                     "id": ids.new("gate"), "job_id": job["id"], "attempt": 0, "step_number": 0, "outcome": "fail",
                     "report": {}, "adapter": "a", "adapter_digest": "0" * 64, "action": actions[number % 4],
-                    "override": "block" if number % 4 == 3 else None, "override_at": number if number % 4 == 3 else None, "created_at": number,
+                    "override": "block" if number % 4 == 3 else None,
+                    "override_at": number if number % 4 == 3 else None, "created_at": number,
                 }
                 for number, job in enumerate(jobs)
             ],
