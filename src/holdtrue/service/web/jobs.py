@@ -86,7 +86,7 @@ def _values(session: Session, parts: Any, caller: Caller, job: Job) -> dict[str,
 
 def _verdicts(session: Session, caller: Caller, job: Job, policy: Policy) -> list[Verdict]:
     query = select(GateDecision).where(GateDecision.job_id == job.id)
-    rows = session.scalars(query.order_by(GateDecision.created_at.desc(), GateDecision.step_number)).all()
+    rows = session.scalars(query.order_by(GateDecision.attempt.desc(), GateDecision.step_number)).all()
     # The shipped questions are known to everybody; a provider's own are not a customer's to train on.
     told = caller.principal.role == "provider" or not _has(policy, "questions")
     return [verdict(row, questions=told) for row in rows]
