@@ -137,19 +137,21 @@ def find(session: Session, secret: str, now: int) -> Found | None:
     """
     wanted = digest(secret[:_LONGEST])
     found = session.execute(
-        select(ApiKey, Project.organization_id, Project.limits)
-        .join(Project, Project.id == ApiKey.project_id)
-        .where(ApiKey.digest == wanted)
+        select(ApiKey, Project).join(Project, Project.id == ApiKey.project_id).where(ApiKey.digest == wanted)
     ).one_or_none()
     stored = found[0].digest if found else "0" * len(wanted)
     same = hmac.compare_digest(stored, wanted) and len(secret) <= _LONGEST
-    if found is None or not same or not is_valid(found[0], now):
+    return found_of(found[0], found[1], now) if found is not None and same else None
+
+
+def found_of(row: ApiKey, project: Project, now: int) -> Found | None:
+    """Return the principal of a key and its project, or ``None`` where the key has ended."""
+    if not is_valid(row, now):
         return None
-    row = found[0]
     stale = row.last_used_at is None or row.last_used_at + _USED_EVERY <= now
     return Found(
-        Principal(row.id, row.project_id, found[1], cast(Role, row.role), frozenset(row.scopes)),
-        found[2],
+        Principal(row.id, row.project_id, project.organization_id, cast(Role, row.role), frozenset(row.scopes)),
+        project.limits,
         stale,
     )
 

@@ -113,8 +113,9 @@ def _run_api(settings: ServiceSettings, sock: socket.socket) -> None:
 
     from holdtrue.service.api.app import create_app
 
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -123,7 +124,9 @@ def _run_api(settings: ServiceSettings, sock: socket.socket) -> None:
         timeout_graceful_shutdown=_GRACE,
     )
     stop_event()  # uvicorn hands a signal on once it has stopped in order; without this it would end as if killed
-    uvicorn.Server(config).run(sockets=[sock])
+    server = uvicorn.Server(config)
+    app.state.stopping = lambda: server.should_exit  # streams end by themselves then
+    server.run(sockets=[sock])
 
 
 def _supervise(settings: ServiceSettings, sock: socket.socket) -> None:

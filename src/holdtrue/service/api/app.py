@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI, Security
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 
+from holdtrue.service import web
 from holdtrue.service.api import admin, errors, files, health, jobs, models, uploads
 from holdtrue.service.api.context import Parts
 from holdtrue.service.api.edge import Edge
@@ -51,13 +52,15 @@ def create_app(settings: ServiceSettings, *, db: Database | None = None, blobs: 
         separate_input_output_schemas=False,
     )
     app.state.parts = parts
+    app.state.stopping = lambda: False
     for router in _routers():
         # For the document alone: the gatekeeper has let the caller in before any route is looked for.
         known = [Security(HTTPBearer(auto_error=False))] if router is not health.router else []
         app.include_router(router, dependencies=known)
-    errors.install(app)
+    web.install(app)
+    errors.install(app, web.answer)
     app.add_middleware(Gatekeeper, parts=parts)
-    app.add_middleware(Edge, metrics=parts.metrics, upload_bytes=settings.upload_bytes)
+    app.add_middleware(Edge, metrics=parts.metrics, upload_bytes=settings.upload_bytes, answer=web.answer)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     instrument(app)
     return app

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdtrue.service import ids
-from holdtrue.service.api.errors import ApiError, respond, translate
+from holdtrue.service.api.errors import Answer, ApiError, translate
 from holdtrue.service.api.metrics import Metrics
 
 OPENAI_VERSION = "2020-10-01"
@@ -30,9 +30,10 @@ log = structlog.get_logger("holdtrue.api")
 class Edge:
     """ASGI middleware around everything, error handling included."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, upload_bytes: int, answer: Answer) -> None:
         self.app = app
         self.metrics = metrics
+        self.answer = answer
         self.upload_bytes = upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +54,7 @@ class Edge:
                 if isinstance(error, ClientDisconnect):
                     pass  # nobody is left to answer
                 elif exchange.status is None:
-                    await respond(translate(error))(scope, receive, exchange.send)
+                    await self.answer(scope, translate(error))(scope, receive, exchange.send)
                 else:
                     raise  # half an answer is out: the connection has to break, or it would look whole
             if exchange.status is not None and exchange.status >= 400:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from holdtrue.errors import HoldtrueError, SpecError
 from holdtrue.service.policy import RefusalError
@@ -154,17 +155,21 @@ def _of_http(error: HTTPException) -> ApiError:
     return ApiError(status, message, type=INVALID if status < 500 else "server_error", headers=headers)
 
 
-async def _handle(request: Request, error: Exception) -> Response:
-    told = translate(error)
-    if told.status >= 500:
-        raise error  # the edge answers it, and has it for the log
-    return respond(told)
+Answer = Callable[[Scope, ApiError], Response]
+"""From a request's scope and an error to what is answered."""
 
 
-def install(app: FastAPI) -> None:
-    """Make an application answer its errors in this form; what nobody foresaw is left to the edge."""
+def install(app: FastAPI, answer: Answer) -> None:
+    """Make an application answer its errors; what nobody foresaw is left to the edge."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        told = translate(error)
+        if told.status >= 500:
+            raise error  # the edge answers it, and has it for the log
+        return answer(request.scope, told)
+
     for kind in (HoldtrueError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _handle)
+        app.add_exception_handler(kind, handle)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

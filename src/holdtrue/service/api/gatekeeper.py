@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
+from typing import Any
 
 import structlog
 from anyio import to_thread
@@ -30,42 +32,48 @@ class Gatekeeper:
         await self.app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
-        found = self._identify(Headers(scope=scope).get("authorization", ""))
-        state = scope["state"]
-        state["principal"] = found.principal
-        state["limits"] = self.parts.settings.limits.with_overrides(found.limits)
-        structlog.contextvars.bind_contextvars(key_id=found.principal.key_id)
-        project = found.principal.project_id
-        rate = self.parts.rates.hit(project, state["limits"].requests_per_minute)
-        state["headers"] = {
-            "openai-organization": found.principal.organization_id,
-            "openai-project": project,
-            **_rate_headers(rate),
-        }
-        if not rate.allowed:
-            wait = max(1, math.ceil(rate.reset_seconds))
-            raise ApiError(
-                429,
-                f"Rate limit reached: {rate.limit} requests a minute for this project. Try again in {wait} s",
-                type="requests",
-                code="rate_limit_exceeded",
-                headers={"retry-after": str(wait)},
-            )
+        admit(self.parts, scope["state"], self._identify(Headers(scope=scope).get("authorization", "")))
 
     def _identify(self, header: str) -> auth.Found:
         kind, _, secret = header.partition(" ")
         secret = secret.strip()
         if kind.lower() != "bearer" or not secret:
             raise _refused(f"You didn't provide an API key. {_HOW}", None)
-        now = clock.now()
         with self.parts.db.read() as session:
-            found = auth.find(session, secret, now)
+            found = auth.find(session, secret, clock.now())
         if found is None:
             raise _refused(f"Incorrect API key provided: unknown, expired or revoked. {_HOW}", "invalid_api_key")
-        if found.stale:
-            with self.parts.db.write() as session:
-                auth.note_use(session, found.principal.key_id, now)
         return found
+
+
+def admit(parts: Parts, state: MutableMapping[str, Any], found: auth.Found) -> None:
+    """Note in a request's state who asks, and count the request.
+
+    Raises:
+        ApiError: the project has no requests left in this minute.
+    """
+    state["principal"] = found.principal
+    state["limits"] = parts.settings.limits.with_overrides(found.limits)
+    structlog.contextvars.bind_contextvars(key_id=found.principal.key_id)
+    if found.stale:
+        with parts.db.write() as session:
+            auth.note_use(session, found.principal.key_id, clock.now())
+    project = found.principal.project_id
+    rate = parts.rates.hit(project, state["limits"].requests_per_minute)
+    state["headers"] = {
+        "openai-organization": found.principal.organization_id,
+        "openai-project": project,
+        **_rate_headers(rate),
+    }
+    if not rate.allowed:
+        wait = max(1, math.ceil(rate.reset_seconds))
+        raise ApiError(
+            429,
+            f"Rate limit reached: {rate.limit} requests a minute for this project. Try again in {wait} s",
+            type="requests",
+            code="rate_limit_exceeded",
+            headers={"retry-after": str(wait)},
+        )
 
 
 def _refused(message: str, code: str | None) -> ApiError:

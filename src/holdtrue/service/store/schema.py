@@ -306,7 +306,10 @@ class GateDecision(Base):
     """What the gate said of a trained adapter, and what a person said after it."""
 
     __tablename__ = "gate_decisions"
-    __table_args__ = (UniqueConstraint("job_id", "attempt", "step_number"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "attempt", "step_number"),
+        Index("ix_gate_decisions_open", "action", "override", "created_at"),
+    )
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     attempt: Mapped[int] = mapped_column(Integer)
@@ -319,7 +322,7 @@ class GateDecision(Base):
     override: Mapped[str | None] = mapped_column(String(20))  # release or block, by a person
     override_by: Mapped[str | None] = mapped_column(String(200))
     override_reason: Mapped[str | None] = mapped_column(Text)
-    override_at: Mapped[int | None] = mapped_column(BigInteger)
+    override_at: Mapped[int | None] = mapped_column(BigInteger, index=True)
     created_at: Mapped[int] = mapped_column(BigInteger)
 
 
