@@ -94,13 +94,7 @@ def _steps(session: Session, job: Job) -> Sequence[JobEvent]:
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """Return at most ``most`` points at even distances, the last one always, and every one with a validation loss."""
-    if len(points) <= most:
-        return list(points)
-    every = math.ceil(len(points) / most)
+    """Return at most ``most`` points at even distances, the last one always, and besides all with a held-out loss."""
+    every = max(1, math.ceil(len(points) / most))
     last = len(points) - 1
-    return [
-        point
-        for index, point in enumerate(points)
-        if (last - index) % every == 0 or (point.validation is not None and len(points) < 10 * most)
-    ]
+    return [point for index, point in enumerate(points) if (last - index) % every == 0 or point.validation is not None]

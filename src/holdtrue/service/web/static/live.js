@@ -183,6 +183,7 @@
 
   function listen(from) {
     let source = null;
+    let ended = false;
     let last = from;
     let state = document.getElementById("state").dataset.state;
     const seen = new Set();
@@ -216,13 +217,22 @@
         refresh();
       }));
       source.addEventListener("end", () => {
+        ended = true;
         close();
-        document.removeEventListener("visibilitychange", look);
         refresh();
+      });
+      source.addEventListener("error", () => {
+        // A broken line is mended by the browser; a refusal (too many pages, no session any more) is tried again here.
+        if (ended || source?.readyState !== EventSource.CLOSED) return;
+        close();
+        setTimeout(() => {
+          refresh();
+          look();
+        }, 30000);
       });
     };
     // A browser has few connections to one host: a page that nobody sees keeps none.
-    const look = () => (document.hidden ? close() : open());
+    const look = () => (document.hidden || ended ? close() : open());
     document.addEventListener("visibilitychange", look);
     look();
   }
