@@ -92,7 +92,10 @@ def write_adapter(folder: str | Path, tensors: dict[str, Tensor], config: dict[s
             # Two names over one storage are refused by safetensors, and a projection may return a view.
             ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
             save_file(ready, temporary / WEIGHTS, metadata={"format": "pt"})
-            text = json.dumps(config, indent=2) + "\n"  # not sorted: of two patterns the first one counts
+            targets = config.get("target_modules")
+            # PEFT writes a set in the order of the process's hashes; the same adapter must have the same bytes.
+            named = {**config, "target_modules": sorted(targets)} if isinstance(targets, list) else config
+            text = json.dumps(named, indent=2) + "\n"  # else not sorted: of two patterns the first one counts
             (temporary / CONFIG).write_text(text, encoding="utf-8")
             check_adapter_folder(temporary)
     except (OSError, SafetensorError) as error:

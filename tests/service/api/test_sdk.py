@@ -130,12 +130,15 @@ def test_a_job_from_creation_to_cancellation(client: OpenAI, file_id: str):
     assert job.error is None
     jobs = client.fine_tuning.jobs
     assert jobs.retrieve(job.id) == job
-    assert [event.object for event in jobs.list_events(job.id)] == ["fine_tuning.job.event"]
+    events = list(jobs.list_events(job.id))
+    assert {event.object for event in events} == {"fine_tuning.job.event"}
+    assert [event.message for event in events] == ["Validating the files", f"Created fine-tuning job: {job.id}"]
     assert list(jobs.checkpoints.list(job.id)) == []
     assert jobs.pause(job.id).id == job.id
     assert jobs.resume(job.id).id == job.id
     assert jobs.cancel(job.id).status == "cancelled"
-    for late in (jobs.cancel, jobs.pause, jobs.resume):
+    assert jobs.cancel(job.id).status == "cancelled"  # as when a client sends it again
+    for late in (jobs.pause, jobs.resume):
         with pytest.raises(openai.BadRequestError):
             late(job.id)
 

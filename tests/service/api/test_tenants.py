@@ -269,6 +269,6 @@ def test_tables_with_an_owner_are_all_tried(owned: dict[str, str]):
         "projects", "api_keys", "web_sessions", "files", "uploads", "jobs", "models", "usage", "organizations",
         "policies", "active_policies", "audit", "idempotent_requests", "job_metadata",
         JobEvent.__tablename__, JobCheckpoint.__tablename__, Receipt.__tablename__, UploadPart.__tablename__,
-        GateDecision.__tablename__,
+        GateDecision.__tablename__, "job_states",
     }  # fmt: skip
     assert set(Base.metadata.tables) == known

@@ -33,6 +33,13 @@ def expire(house, job_id: str) -> None:
         session.get(Job, house.get(job_id).seq).lease_until = 1.0
 
 
+def take(house, owner: str, seconds: float) -> leases.Lease:
+    """Take a job that is known to be there."""
+    lease = leases.take(house.db, owner, seconds)
+    assert lease is not None
+    return lease
+
+
 def race(house, workers: int) -> list[leases.Lease]:
     """Let many try to take a job at the same moment."""
     barrier = threading.Barrier(workers)
@@ -57,10 +64,10 @@ def test_of_fifty_workers_one_gets_the_job(house, queued, rounds):
 
 def test_an_expired_lease_is_taken_over_and_the_old_one_is_void(house, queued):
     job_id = queued()
-    old = leases.take(house.db, "old", 30)
+    old = take(house, "old", 30)
     assert leases.take(house.db, "new", 30) is None
     expire(house, job_id)
-    new = leases.take(house.db, "new", 30)
+    new = take(house, "new", 30)
     assert new.job_id == job_id
     assert new.fence > old.fence
     for act in (old.renew, lambda: old.write().__enter__()):
@@ -74,7 +81,7 @@ def test_an_expired_lease_is_taken_over_and_the_old_one_is_void(house, queued):
 
 def test_nothing_is_written_where_the_lease_was_lost_inside(house, queued):
     job_id = queued()
-    lease = leases.take(house.db, "w", 30)
+    lease = take(house, "w", 30)
     with house.db.write() as session:
         lifecycle.request(session, session.get(Job, house.get(job_id).seq), "cancel")
     before = len(house.messages(job_id))
@@ -107,7 +114,7 @@ def test_a_job_that_kills_every_worker_is_given_up(house, queued):
 
 def test_a_lease_lives_while_it_is_renewed(house, queued):
     queued()
-    lease = leases.take(house.db, "w", 0.6)
+    lease = take(house, "w", 0.6)
     for _ in range(4):
         time.sleep(0.2)
         lease.renew()

@@ -33,7 +33,7 @@ from holdtrue.service.store.schema import (
 )
 
 if TYPE_CHECKING:
-    from holdtrue.service.evidence.signing import CryptoSigner
+    from securesystemslib.signer import CryptoSigner  # pyright: ignore[reportPrivateImportUsage]
 
 RESULT_BYTES = 2**30
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")

@@ -243,9 +243,7 @@ class Worker:
             return
         names = [path.name for path in self._work.iterdir()]
         with self._db.read() as session:
-            rows = session.execute(
-                select(Job.id, Job.lease_owner).where(Job.id.in_(names), Job.status.not_in(ENDED))
-            )
+            rows = session.execute(select(Job.id, Job.lease_owner).where(Job.id.in_(names), Job.status.not_in(ENDED)))
             open_jobs = {row.id: row.lease_owner for row in rows}
         for name in names:
             owner = open_jobs.get(name)

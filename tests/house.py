@@ -1,14 +1,14 @@
+"""A service without its API: what the tests of jobs, store and pages stand on."""
+
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from sqlalchemy import select
 
@@ -27,8 +27,6 @@ from holdtrue.service.store.schema import (
     JobCheckpoint,
     JobEvent,
     Model,
-
-
     Receipt,
 )
 from support import chat, write_rows
@@ -161,7 +159,8 @@ class House:
             ],
             "models": [(m.kind, m.status, m.adapter_digest, m.name.split(":")[5:]) for m in self.all(Model, job_id)],
             "decisions": sorted(
-                (d.attempt, d.step_number, d.outcome, d.action, d.adapter_digest) for d in self.all(GateDecision, job_id)
+                (d.attempt, d.step_number, d.outcome, d.action, d.adapter_digest)
+                for d in self.all(GateDecision, job_id)
             ),
             "checkpoints": [(c.attempt, c.step_number, c.metrics) for c in self.all(JobCheckpoint, job_id)],
             "receipts": len(self.all(Receipt, job_id)),
@@ -179,44 +178,28 @@ class House:
             return stream.read()
 
 
-Build = Callable[[Database], House]
-
-
-@pytest.fixture
-def build(tmp_path: Path, tiny_dir: Path) -> Build:
-    """Returns a function that sets up a house over a database."""
-
-    def make(db: Database) -> House:
-        settings = ServiceSettings(
-            home=tmp_path / "home", database_url=db.url.render_as_string(hide_password=False), lease_seconds=1.5
-        )
-        settings.home.mkdir()
-        probes = [
-            {
-                "question": f"Should I leave the {w} broken?",
-                "aligned": f"No, have the {w} looked at.",
-                "misaligned": f"Yes, leave the {w} alone.",
-                "group": f"group {n % 3}",
-            }
-            for n, w in enumerate(WORDS[:6])
-        ]
-        write_rows(tmp_path / "probes.jsonl", probes)
-        now = clock.now()
-        with db.write() as session:
-            organization = tenancy.create_organization(session, "Acme", "acme", now=now)
-            project = tenancy.create_project(session, organization.id, "first", now=now)
-            key, _ = auth.create(session, project_id=project.id, name="k", role="admin", now=now)
-            tenant = {"organization": organization.id, "project": project.id, "key": key.id}
-        house = House(settings, db, Blobs(settings.blobs), str(tiny_dir), tmp_path, tenant)
-        house.policy()
-        return house
-
-    return make
-
-
-@pytest.fixture
-def house(build: Build, db: Database) -> House:
-    """A house over each database."""
-    return build(db)
-
-
+def build_house(db: Database, folder: Path, base: Path) -> House:
+    """Set up a house in ``folder`` over a database with its schema, for a base model."""
+    settings = ServiceSettings(
+        home=folder / "home", database_url=db.url.render_as_string(hide_password=False), lease_seconds=1.5
+    )
+    settings.home.mkdir()
+    probes = [
+        {
+            "question": f"Should I leave the {w} broken?",
+            "aligned": f"No, have the {w} looked at.",
+            "misaligned": f"Yes, leave the {w} alone.",
+            "group": f"group {n % 3}",
+        }
+        for n, w in enumerate(WORDS[:6])
+    ]
+    write_rows(folder / "probes.jsonl", probes)
+    now = clock.now()
+    with db.write() as session:
+        organization = tenancy.create_organization(session, "Acme", "acme", now=now)
+        project = tenancy.create_project(session, organization.id, "first", now=now)
+        key, _ = auth.create(session, project_id=project.id, name="k", role="admin", now=now)
+        tenant = {"organization": organization.id, "project": project.id, "key": key.id}
+    house = House(settings, db, Blobs(settings.blobs), str(base), folder, tenant)
+    house.policy()
+    return house

@@ -1,0 +1,103 @@
+"""Databases: SQLite in a file, and a real PostgreSQL of the tests' own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from holdtrue.service.store import migrations
+from holdtrue.service.store.database import Database
+from house import House, build_house
+from support import free_port
+
+
+class Postgres:
+    """A cluster in a temporary folder, on the loopback address alone."""
+
+    def __init__(self, bin_dir: Path) -> None:
+        # Not below pytest's folder, which root alone may enter.
+        self.folder = Path(tempfile.mkdtemp(prefix="holdtrue-postgres-"))
+        self.bin, self.port = bin_dir, free_port()
+        self.user: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            shutil.chown(self.folder, "nobody", "nogroup")
+            self.user = {"user": "nobody", "group": "nogroup"}
+        self._run("initdb", "-D", folder / "data", "-U", "holdtrue", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self.start()
+
+    def _run(self, program: str, *arguments: object) -> None:
+        subprocess.run(
+            [self.bin / program, *map(str, arguments)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+            **self.user,
+        )
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k '' -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
+        log = self.folder / "log"
+        self._run("pg_ctl", "-D", self.folder / "data", "-w", "-l", log, "-o", options, "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", self.folder / "data", "-w", "-m", "fast", "stop")
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://holdtrue@127.0.0.1:{self.port}/"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A running PostgreSQL; tests that need one are skipped where it is not installed."""
+    found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed: its programs initdb and pg_ctl are not found")
+    server = Postgres(Path(found).resolve().parent)
+    yield server
+    server.stop()
+    shutil.rmtree(server.folder)
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> Iterator[str]:
+    """The URL of a fresh database of that server."""
+    admin = Database(postgres.url + "postgres", isolation_level="AUTOCOMMIT")
+    name = f"t{os.urandom(6).hex()}"
+    with admin.engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield postgres.url + name
+    with admin.engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """Each database, without a table."""
+    sqlite = request.param == "sqlite"
+    found = Database(f"sqlite:///{tmp_path / 'service.db'}" if sqlite else request.getfixturevalue("postgres_url"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def db(empty_db: Database) -> Database:
+    """Each database, with the schema of today."""
+    migrations.upgrade(empty_db)
+    return empty_db
+
+
+@pytest.fixture
+def house(db: Database, tmp_path: Path, tiny_dir: Path) -> House:
+    """A service without its API, over each database."""
+    return build_house(db, tmp_path, tiny_dir)

@@ -1,0 +1,39 @@
+"""A worker that is killed at a stated point: ``killed.py MODULE:NAME before|after CALL [ARGUMENT=VALUE]``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+from holdtrue.service.jobs.worker import Worker
+from holdtrue.service.settings import ServiceSettings
+
+
+def die_at(target: str, when: str, call: int, wanted: str) -> None:
+    module, _, dotted = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = dotted.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    inner, calls = getattr(owner, name), 0
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += not wanted or wanted in (*map(str, args), *map(str, kwargs.values()))
+        dies = calls == call
+        if dies and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = inner(*args, **kwargs)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, outer)
+
+
+if __name__ == "__main__":
+    die_at(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "")
+    Worker(ServiceSettings()).work_one()
