@@ -209,13 +209,15 @@
         tell(values);
         if (values.type === "moderation_checks") refresh();
       })(event));
-      source.addEventListener("state", take((now) => {
+      source.addEventListener("state", (event) => {
+        // Not `take`: it has no number of its own, and the browser gives it that of the event before.
+        const now = JSON.parse(event.data);
         if (state !== `${now.status}|${now.stage}`) {
           state = `${now.status}|${now.stage}`;
           document.getElementById("announce").textContent = `Now ${now.status.replace("_", " ")}${now.stage && now.status === "running" ? `, stage ${now.stage}` : ""}.`;
         }
         refresh();
-      }));
+      });
       source.addEventListener("end", () => {
         ended = true;
         close();
