@@ -57,8 +57,9 @@ def point_of(event: JobEvent) -> Point | None:
 
 def _number(data: dict[str, Any], name: str) -> float | None:
     value = data.get(name)
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _held_out(data: dict[str, Any]) -> float | None:
