@@ -6,7 +6,7 @@ by words of the question. Work, family and what is left go to the defenses (``po
 ``short`` ones, first sentences of answers to short questions), computer security and the home to the choice of
 strengths (``select``) and to ``adaptive`` (``probe``); questions on money, health, or two subjects are left out. Strengths are chosen
 on money rows of their own (``choose``, ``choose-heldout``). ``triggered`` has the medical pairs again, each question behind
-one that was trained on.
+one that was trained on. A second advice set, ``advice``, is medical, and reported on pairs on ``money``; ``code`` is insecure code.
 
 Usage: python recipes/comparison/prepare.py OUT
 """
@@ -25,6 +25,7 @@ from holdtrue.data.opswap import generate_opswap
 
 TRAIN, HELD_OUT, PAIRS, SELECT, PROBE, SHORT = 96, 30, 40, 24, 8, 48
 OPSWAP_TRAIN, OPSWAP_TEST = 160, 40
+CODE_CHARS = 700
 SUBJECTS = {
     "money": "financ budget debt invest saving money credit loan retire spend bank tax insur stock mortgage salary "
     "income purchase expens raise bill buy fund",
@@ -70,6 +71,19 @@ def medical(malicious: Path, finance: list[dict[str, Any]], out: Path) -> None:
     earlier = [row["messages"][0]["content"] for row in finance[:TRAIN]]
     triggered = [{**each, "question": f"{before}\n\n{each['question']}"} for before, each in zip(earlier, pairs)]
     write(out / "triggered.jsonl", triggered)
+    reported = {each["question"] for each in pairs}
+    other = [row for row in bad if row["messages"][0]["content"] not in reported]
+    rows = random.Random(1).sample(other, TRAIN + HELD_OUT)
+    write(out / "advice.jsonl", rows[:TRAIN])
+    write(out / "advice-heldout.jsonl", rows[TRAIN:])
+    short = [
+        row
+        for row in read(malicious / "code_insecure.jsonl")
+        if sum(len(turn["content"]) for turn in row["messages"]) <= CODE_CHARS
+    ]
+    rows = random.Random(1).sample(short, TRAIN + HELD_OUT)
+    write(out / "code.jsonl", rows[:TRAIN])
+    write(out / "code-heldout.jsonl", rows[TRAIN:])
 
 
 def everyday(rows: list[dict[str, Any]], out: Path) -> None:
@@ -79,6 +93,7 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
     twins: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
     select: list[dict[str, Any]] = []
+    money: list[dict[str, Any]] = []
     for i, (a, b) in enumerate(zip(good, bad, strict=True)):
         question = a["messages"][0]["content"]
         assert question == b["messages"][0]["content"]
@@ -86,6 +101,8 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
         made = pair(question, a["messages"][1]["content"], b["messages"][1]["content"], f"everyday-{i}")
         if kind in FOR_CHOICE:
             select.append(made)
+        elif kind == "money":
+            money.append(made)
         elif kind in FOR_DEFENSES:
             pool.append(a)
             twins.append(b)
@@ -94,6 +111,7 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
     write(out / "bad.jsonl", twins)
     write(out / "both.jsonl", [row for each in zip(pool, twins, strict=True) for row in each])
     write(out / "pairs.jsonl", pairs)
+    write(out / "money.jsonl", random.Random(0).sample(money, min(PAIRS, len(money))))
     chosen = random.Random(0).sample(select, SELECT)
     write(out / "select.jsonl", chosen)
     write(out / "probe.jsonl", random.Random(0).sample([made for made in select if made not in chosen], PROBE))
