@@ -165,7 +165,8 @@ def _create(
         policy_id=policy.id,
         metadata=body.metadata or {},
     )
-    detail = {"model": model.name, "policy": policy.id}
+    # A tuned model's name has its owner's suffix in it, and the audit log keeps no customer's texts.
+    detail = {"model": model.name if model.kind == "base" else model.id, "policy": policy.id}
     audit.add(session, caller.principal.key_id, "job.create", job.id, now=now, detail=detail)
     return _wire_one(session, job)
 

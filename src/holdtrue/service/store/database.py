@@ -52,6 +52,22 @@ class Database:
             yield session
             session.rollback()
 
+    def empty_log(self) -> None:
+        """Empty SQLite's write-ahead log, which still holds what was deleted; a reader at work puts that off.
+
+        PostgreSQL sees to its own log.
+        """
+        if not self.is_sqlite:
+            return
+        with contextlib.closing(self.engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            try:
+                cursor.execute("PRAGMA busy_timeout = 1000")  # it keeps writers waiting
+                cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                cursor.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
+                cursor.close()
+
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()

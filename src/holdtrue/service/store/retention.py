@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import delete, exists, or_, select, union
+from sqlalchemy import delete, exists, or_, select, update
 from sqlalchemy.orm import Session
 
+from holdtrue.service import audit
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
+from holdtrue.service.store.named import named
 from holdtrue.service.store.schema import (
     ENDED,
-    ApiKey,
+    JOB_STATUSES,
     File,
     GateDecision,
     IdempotentRequest,
     Job,
-    JobEvent,
-    JobMetadata,
     JobState,
     Model,
     Upload,
@@ -29,20 +29,24 @@ from holdtrue.service.store.schema import (
 GRACE_SECONDS = 86_400
 """How old content must be that no row names: what is being written has no row yet."""
 DAY_SECONDS = 86_400
+_AT_ONCE = 500
+_ACTIVE = tuple(status for status in JOB_STATUSES if status not in ENDED)
 
 
 class Swept(NamedTuple):
-    """How many of each were removed."""
+    """How many of each were removed: files' content, uploads, models' adapters, ended jobs' states, and the rest."""
 
-    files: int
-    uploads: int
-    models: int
-    requests: int
-    sessions: int
-    orphans: int
+    files: int = 0
+    uploads: int = 0
+    models: int = 0
+    states: int = 0
+    requests: int = 0
+    sessions: int = 0
+    orphans: int = 0
+    drafts: int = 0
 
 
-def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings) -> Swept:
+def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, orphans: bool = True) -> Swept:
     """Remove what has expired or was deleted. May be stopped at any point and done again, by several at once.
 
     Rows lose their content first and the store second: what is cut short leaves an orphan, which a later sweep finds,
@@ -53,86 +57,84 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings) -> Sw
         blobs: the object store.
         now: in seconds since 1970.
         settings: of the service.
+        orphans: whether to look through the whole store for what no row names; that takes a list of all of it, and is
+            worth doing every few hours.
     """
     gone: list[str] = []
     with db.write() as session:
-        files = _expire_files(session, now, gone)
-        uploads = _expire_uploads(session, now, gone)
-        models = _forget_models(session, gone)
-        requests = _count(session, delete(IdempotentRequest).where(IdempotentRequest.created_at < now - DAY_SECONDS))
-        sessions = _count(session, delete(WebSession).where(WebSession.expires_at < now))
+        swept = Swept(
+            files=_expire_files(session, now, gone) + _finish_deletions(session, gone),
+            uploads=_close_uploads(session, now, gone),
+            models=_forget_models(session, gone),
+            states=_forget_states(session, gone),
+            requests=_count(session, delete(IdempotentRequest).where(IdempotentRequest.created_at < now - DAY_SECONDS)),
+            sessions=_count(session, delete(WebSession).where(WebSession.expires_at < now)),
+        )
+    if any(swept):
+        db.empty_log()
     for key in gone:
         blobs.delete(key)
-    return Swept(files, uploads, models, requests, sessions, _sweep_orphans(db, blobs, now))
-
-
-def erase_project(db: Database, blobs: Blobs, project_id: str, now: int) -> int:
-    """Remove all content that a project brought or had made, revoke its keys, and return how much content went.
-
-    Its rows stay as husks without names and texts, so that the audit log's subjects still mean something. Jobs must
-    have ended or be cancelled first.
-
-    Raises:
-        ValueError: a job has not ended.
-    """
-    gone: list[str] = []
-    with db.write() as session:
-        jobs = select(Job.id).where(Job.project_id == project_id)
-        if session.scalar(select(exists().where(Job.project_id == project_id, Job.status.not_in(ENDED)))):
-            raise ValueError("a job of the project has not ended: cancel it first")
-        for file in session.scalars(select(File).where(File.project_id == project_id)):
-            gone += [file.blob] if file.blob else []
-            file.blob, file.deleted_at, file.filename, file.sha256 = None, file.deleted_at or now, "", ""
-        for upload in session.scalars(select(Upload).where(Upload.project_id == project_id)):
-            gone += _parts(session, upload)
-            upload.status, upload.filename = "cancelled", ""
-        for model in session.scalars(select(Model).where(Model.project_id == project_id)):
-            gone += [model.adapter] if model.adapter else []
-            model.status, model.deleted_at, model.adapter = "deleted", model.deleted_at or now, None
-        gone += session.scalars(select(GateDecision.adapter).where(GateDecision.job_id.in_(jobs)))
-        for decision in session.scalars(select(GateDecision).where(GateDecision.job_id.in_(jobs))):
-            decision.report = {**decision.report, "evidence": []}
-        session.execute(delete(JobMetadata).where(JobMetadata.job_id.in_(jobs)))
-        session.execute(delete(JobEvent).where(JobEvent.job_id.in_(jobs)))
-        for job in session.scalars(select(Job).where(Job.project_id == project_id)):
-            job.suffix, job.integrations = None, None
-        for key in session.scalars(select(ApiKey).where(ApiKey.project_id == project_id)):
-            key.revoked_at = key.revoked_at or now
-    keys = set(gone)
-    for name in keys:
-        blobs.delete(name)
-    return len(keys)
+    if not orphans:
+        return swept
+    drafts = blobs.drop_drafts(now - GRACE_SECONDS)
+    return swept._replace(orphans=_sweep_orphans(db, blobs, now), drafts=drafts)
 
 
 def _expire_files(session: Session, now: int, gone: list[str]) -> int:
-    needed = exists().where(Job.status.not_in(ENDED), or_(Job.training_file == File.id, Job.validation_file == File.id))
-    rows = session.scalars(select(File).where(File.expires_at < now, File.deleted_at.is_(None), ~needed)).all()
+    needed = exists().where(Job.status.in_(_ACTIVE), or_(Job.training_file == File.id, Job.validation_file == File.id))
+    query = select(File).where(File.expires_at <= now, File.deleted_at.is_(None), ~needed)
+    rows = session.scalars(query.order_by(File.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [row.blob] if row.blob else []
-        row.blob, row.deleted_at = None, now
-    return len(rows)
-
-
-def _expire_uploads(session: Session, now: int, gone: list[str]) -> int:
-    rows = session.scalars(select(Upload).where(Upload.expires_at < now, Upload.status == "pending")).all()
+        row.blob, row.deleted_at, row.filename = None, now, ""
     for row in rows:
-        gone += _parts(session, row)
-        row.status = "expired"
+        audit.add(session, "system", "file.expire", row.id, now=now)
     return len(rows)
 
 
-def _parts(session: Session, upload: Upload) -> list[str]:
-    parts = session.scalars(select(UploadPart).where(UploadPart.upload_id == upload.id)).all()
-    for part in parts:
-        session.delete(part)
-    return [part.blob for part in parts]
+def _finish_deletions(session: Session, gone: list[str]) -> int:
+    """Take what deleted files still name: whoever deleted them died before the content was gone."""
+    query = select(File).where(File.deleted_at.is_not(None), File.blob.is_not(None))
+    rows = session.scalars(query.order_by(File.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
+    for row in rows:
+        gone += [row.blob] if row.blob else []
+        row.blob = None
+    return len(rows)
+
+
+def _close_uploads(session: Session, now: int, gone: list[str]) -> int:
+    """Expire uploads, and take the parts of those that are pending no more."""
+    query = select(Upload).where(Upload.expires_at <= now, Upload.status == "pending")
+    rows = session.scalars(query.order_by(Upload.id).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
+    for row in rows:
+        row.status, row.filename = "expired", ""
+    session.flush()
+    closed = select(Upload.id).where(Upload.status != "pending")
+    parts = select(UploadPart.id).where(UploadPart.upload_id.in_(closed)).order_by(UploadPart.id).limit(_AT_ONCE)
+    taken = delete(UploadPart).where(UploadPart.id.in_(session.scalars(parts).all())).returning(UploadPart.blob)
+    gone += session.scalars(taken).all()
+    return len(rows)
 
 
 def _forget_models(session: Session, gone: list[str]) -> int:
-    rows = session.scalars(select(Model).where(Model.status == "deleted", Model.adapter.is_not(None))).all()
+    query = select(Model).where(Model.status == "deleted", Model.adapter.is_not(None))
+    rows = session.scalars(query.order_by(Model.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [row.adapter] if row.adapter else []
+        same = (GateDecision.job_id == row.job_id, GateDecision.adapter == row.adapter)
+        session.execute(update(GateDecision).where(*same).values(adapter=""))
         row.adapter = None
+    return len(rows)
+
+
+def _forget_states(session: Session, gone: list[str]) -> int:
+    """Take what jobs that have ended would have gone on from: their encoded rows are among it."""
+    query = select(JobState).join(Job, Job.id == JobState.job_id).where(Job.status.in_(ENDED))
+    locked = query.order_by(JobState.job_id).limit(_AT_ONCE).with_for_update(of=JobState, skip_locked=True)
+    rows = session.scalars(locked).all()
+    for row in rows:
+        gone += [key for key in (row.rest, row.rows) if key is not None]
+        session.delete(row)
     return len(rows)
 
 
@@ -141,16 +143,7 @@ def _sweep_orphans(db: Database, blobs: Blobs, now: int) -> int:
     if not old:
         return 0
     with db.read() as session:
-        deleted = select(Model.adapter_digest).where(Model.status == "deleted")
-        named = union(
-            select(File.blob).where(File.blob.is_not(None)),
-            select(UploadPart.blob),
-            select(JobState.rest),
-            select(JobState.rows).where(JobState.rows.is_not(None)),
-            select(Model.adapter).where(Model.adapter.is_not(None)),
-            select(GateDecision.adapter).where(GateDecision.adapter_digest.not_in(deleted)),
-        )
-        used = set(session.scalars(named))
+        used = named(session)
     orphans = [key for key in old if key not in used]
     for key in orphans:
         blobs.delete(key)
