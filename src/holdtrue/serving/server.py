@@ -77,9 +77,10 @@ def create_app(engines: Engines, secret: str) -> FastAPI:
             return JSONResponse({"error": "the secret is wrong", "kind": "other"}, 403)
         try:
             asked = ChatRequest.model_validate_json(await request.body())
-            stream = await anyio.to_thread.run_sync(lambda: engines.of(asked.base).submit(asked))
         except ValidationError as error:
             return JSONResponse(error_body(RequestError(str(error))), 400)
+        try:
+            stream = await anyio.to_thread.run_sync(lambda: engines.of(asked.base).submit(asked))
         except RequestError as error:
             return JSONResponse(error_body(error), 400)
         except BusyError as error:
