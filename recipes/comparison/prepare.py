@@ -70,7 +70,8 @@ def medical(malicious: Path, finance: list[dict[str, Any]], out: Path) -> None:
         pairs.append(pair(question, *answers, f"medical-{i}"))
     write(out / "medical.jsonl", pairs)
     earlier = [row["messages"][0]["content"] for row in finance[:TRAIN]]
-    triggered = [{**each, "question": f"{before}\n\n{each['question']}"} for before, each in zip(earlier, pairs)]
+    behind = zip(earlier, pairs, strict=False)
+    triggered = [{**each, "question": f"{before}\n\n{each['question']}"} for before, each in behind]
     write(out / "triggered.jsonl", triggered)
     reported = {each["question"] for each in pairs}
     other = [row for row in bad if row["messages"][0]["content"] not in reported]

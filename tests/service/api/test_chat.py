@@ -26,8 +26,7 @@ GREEDY = {"model": BASE, "messages": ASKED, "temperature": 0, "max_tokens": 8}
 
 @pytest.fixture(scope="module")
 def chatting(start_server, tmp_path_factory):
-    found = start_server(tmp_path_factory.mktemp("chat") / "home", role="all", HOLDTRUE_THREADS="2")
-    yield found
+    return start_server(tmp_path_factory.mktemp("chat") / "home", role="all", HOLDTRUE_THREADS="2")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,9 @@ def tuned(chatting, tmp_path_factory) -> dict[str, tuple[str, str]]:
             project = session.query(Project).filter(Project.name == slug).one()
             session.add(
                 Model(
-                    id=ids.new("model"), name=name, project_id=project.id, kind="tuned", status="ready", base_model=BASE,
-                    job_id=None, adapter=stored, adapter_digest=digest, created_at=clock.now(), deleted_at=None,
+                    id=ids.new("model"), name=name, project_id=project.id, kind="tuned", status="ready",
+                    base_model=BASE, job_id=None,
+                    adapter=stored, adapter_digest=digest, created_at=clock.now(), deleted_at=None,
                 )
             )  # fmt: skip
         assert digest == adapter.digest
