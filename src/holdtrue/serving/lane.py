@@ -26,8 +26,9 @@ class Ticket:
 
     Attributes:
         emit: gets its events, and at last ``None`` or what went wrong.
-        prompt: its tokens; ``most`` is the longest that an answer may become.
         gone: whether nobody waits for it any more.
+        prompt: its tokens; ``most`` is the longest that an answer may become.
+        left: answers that have not ended.
     """
 
     request: ChatRequest
@@ -36,7 +37,10 @@ class Ticket:
     gone: threading.Event = field(default_factory=threading.Event)
     prompt: list[int] = field(default_factory=list)
     most: int = 0
-    left: int = 0
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.request.n
 
     @property
     def length(self) -> int:
@@ -92,7 +96,6 @@ class Lane:
 
     def start(self, ticket: Ticket) -> None:
         """Begin to read a request's prompt."""
-        ticket.left = ticket.request.n
         self._reading = ticket, Prompt(self._lm, ticket.prompt)
 
     def turn(self) -> None:
@@ -115,7 +118,8 @@ class Lane:
         self._cache = Rows(self._lm)
         self.waiting.clear()
         for ticket in tickets.values():
-            ticket.emit(error)
+            if ticket.left:
+                ticket.emit(error)
 
     def _drop_gone(self) -> None:
         places = [place for place, row in enumerate(self._rows) if not row.ticket.gone.is_set()]
@@ -128,12 +132,12 @@ class Lane:
         logits = prompt.read()
         if logits is None:
             return
-        self._reading = None
         rows = [_Row(ticket, choice, self._table) for choice in range(ticket.request.n)]
         going = self._write(rows, logits.expand(len(rows), -1))
         if going:
             self._cache.join(prompt, len(going))
             self._rows += [rows[place] for place in going]
+        self._reading = None  # at the end: whatever fails before it is this ticket's failure
 
     def _write(self, rows: Sequence[_Row], logits: Tensor) -> list[int]:
         """Give each row its next token; return the places of those that go on."""
