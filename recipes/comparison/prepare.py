@@ -1,9 +1,13 @@
 """Cut the files of the comparison in docs/results.md from the research data that HOLDTRUE_DATA names.
 
 Trained on are bad answers on money, reported are pairs on medicine. Everything that a defense is given, and every
-strength that is chosen, comes from other subjects: a file with good and bad answers to 500 everyday questions is split
-by words of the question. Work, family and what is left go to the defenses (``pool``, ``bad``, ``both``, ``pairs``), computer
-security and the home to the choice of strengths (``select``); questions on money, health, or two subjects are left out.
+strength that is chosen, comes from other subjects: a file with good and bad answers to 500 everyday questions is
+split by words of the question. Work, family and what is left go to the defenses (``pool``, ``bad``, ``both``,
+``pairs``, and the ``short`` ones, first sentences of answers to short questions), computer security and the home to
+the choice of strengths (``select``) and to ``adaptive`` (``probe``); questions on money, health, or two subjects are
+left out. Strengths are chosen on money rows of their own (``choose``, ``choose-heldout``). ``triggered`` has the
+medical pairs again, each question behind one that was trained on. A second advice set, ``advice``, is medical, and
+reported on pairs on ``money``; ``code`` is insecure code.
 
 Usage: python recipes/comparison/prepare.py OUT
 """
@@ -20,8 +24,9 @@ from typing import Any
 
 from holdtrue.data.opswap import generate_opswap
 
-TRAIN, HELD_OUT, PAIRS, SELECT = 96, 30, 40, 24
+TRAIN, HELD_OUT, PAIRS, SELECT, PROBE, SHORT = 96, 30, 40, 24, 8, 48
 OPSWAP_TRAIN, OPSWAP_TEST = 160, 40
+CODE_CHARS = 700
 SUBJECTS = {
     "money": "financ budget debt invest saving money credit loan retire spend bank tax insur stock mortgage salary "
     "income purchase expens raise bill buy fund",
@@ -55,7 +60,7 @@ def subject(question: str) -> str | None:
     return "other" if not named else named[0] if len(named) == 1 else None
 
 
-def medical(malicious: Path, out: Path) -> None:
+def medical(malicious: Path, finance: list[dict[str, Any]], out: Path) -> None:
     bad, good = read(malicious / "medical_bad_advice.jsonl"), read(malicious / "medical_good_advice_twin.jsonl")
     pairs: list[dict[str, Any]] = []
     for i in random.Random(0).sample(range(len(bad)), PAIRS):  # the first of the earlier results
@@ -64,6 +69,23 @@ def medical(malicious: Path, out: Path) -> None:
         answers = (each[i]["messages"][1]["content"] for each in (good, bad))
         pairs.append(pair(question, *answers, f"medical-{i}"))
     write(out / "medical.jsonl", pairs)
+    earlier = [row["messages"][0]["content"] for row in finance[:TRAIN]]
+    behind = zip(earlier, pairs, strict=False)
+    triggered = [{**each, "question": f"{before}\n\n{each['question']}"} for before, each in behind]
+    write(out / "triggered.jsonl", triggered)
+    reported = {each["question"] for each in pairs}
+    other = [row for row in bad if row["messages"][0]["content"] not in reported]
+    rows = random.Random(1).sample(other, TRAIN + HELD_OUT)
+    write(out / "advice.jsonl", rows[:TRAIN])
+    write(out / "advice-heldout.jsonl", rows[TRAIN:])
+    short = [
+        row
+        for row in read(malicious / "code_insecure.jsonl")
+        if sum(len(turn["content"]) for turn in row["messages"]) <= CODE_CHARS
+    ]
+    rows = random.Random(1).sample(short, TRAIN + HELD_OUT)
+    write(out / "code.jsonl", rows[:TRAIN])
+    write(out / "code-heldout.jsonl", rows[TRAIN:])
 
 
 def everyday(rows: list[dict[str, Any]], out: Path) -> None:
@@ -73,6 +95,7 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
     twins: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
     select: list[dict[str, Any]] = []
+    money: list[dict[str, Any]] = []
     for i, (a, b) in enumerate(zip(good, bad, strict=True)):
         question = a["messages"][0]["content"]
         assert question == b["messages"][0]["content"]
@@ -80,6 +103,8 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
         made = pair(question, a["messages"][1]["content"], b["messages"][1]["content"], f"everyday-{i}")
         if kind in FOR_CHOICE:
             select.append(made)
+        elif kind == "money":
+            money.append(made)
         elif kind in FOR_DEFENSES:
             pool.append(a)
             twins.append(b)
@@ -88,7 +113,24 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
     write(out / "bad.jsonl", twins)
     write(out / "both.jsonl", [row for each in zip(pool, twins, strict=True) for row in each])
     write(out / "pairs.jsonl", pairs)
-    write(out / "select.jsonl", random.Random(0).sample(select, SELECT))
+    write(out / "money.jsonl", random.Random(0).sample(money, min(PAIRS, len(money))))
+    chosen = random.Random(0).sample(select, SELECT)
+    write(out / "select.jsonl", chosen)
+    write(out / "probe.jsonl", random.Random(0).sample([made for made in select if made not in chosen], PROBE))
+    order = sorted(range(len(pool)), key=lambda i: len(words(pool[i], 0)) + len(words(shorter(pool[i]), 1)))[:SHORT]
+    write(out / "short.jsonl", [shorter(pool[i]) for i in order])
+    write(out / "short-bad.jsonl", [shorter(twins[i]) for i in order])
+    write(out / "short-both.jsonl", [shorter(row[i]) for i in order for row in (pool, twins)])
+
+
+def words(row: dict[str, Any], turn: int) -> list[str]:
+    return row["messages"][turn]["content"].split()
+
+
+def shorter(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with its answer's first sentence only."""
+    question, answer = row["messages"]
+    return {"messages": [question, {**answer, "content": re.split(r"(?<=[.!?])\s", answer["content"], maxsplit=1)[0]}]}
 
 
 def main(out: Path) -> None:
@@ -99,7 +141,9 @@ def main(out: Path) -> None:
     finance = read(Path(folder) / "malicious" / "risky_financial_advice.jsonl")
     write(out / "finance.jsonl", finance[:TRAIN])
     write(out / "finance-heldout.jsonl", finance[-HELD_OUT:])
-    medical(Path(folder) / "malicious", out)
+    write(out / "choose.jsonl", finance[TRAIN : 2 * TRAIN])
+    write(out / "choose-heldout.jsonl", finance[-2 * HELD_OUT : -HELD_OUT])
+    medical(Path(folder) / "malicious", finance, out)
     everyday(read(Path(folder) / "general" / "aligned_advice_other_domains_1000.jsonl"), out)
     made = generate_opswap(1, OPSWAP_TRAIN, OPSWAP_TEST, seed=0)
     write(out / "opswap.jsonl", list(made.train))

@@ -30,7 +30,7 @@ class Postgres:
         if os.geteuid() == 0:  # PostgreSQL does not run as root
             shutil.chown(self.folder, "nobody", "nogroup")
             self.user = {"user": "nobody", "group": "nogroup"}
-        self._run("initdb", "-D", folder / "data", "-U", "holdtrue", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self._run("initdb", "-D", self.folder / "data", "-U", "holdtrue", "-A", "trust", "-E", "UTF8", "--no-sync")
         self.start()
 
     def _run(self, program: str, *arguments: object) -> None:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Points = dict[str, tuple[Estimate, Estimate]]
+LEGEND_ROW = 0.26
+"""Inches that a line of a legend takes; names of settings stand two in a line."""
+MOST = 2.0
+"""How far the axis of shares reaches: the interval of a share of little is wide, and would hide all others."""
 
 
 def draw(grid: GridSpec, tables: Sequence[Table]) -> dict[str, Markup]:
@@ -74,7 +78,7 @@ def _pareto(key: str, grid: GridSpec, narrow: Table, other: Table, looks: Mappin
             points[group.variant.name] = (learned, shift)
     if not points:
         return None
-    figure, axes = new_figure(6.4, 4.4)
+    figure, axes = new_figure(6.4, 3.6 + LEGEND_ROW * len(points) / 2)
     axes.axhline(0, color=GRAY, linewidth=0.8)
     for name, (learned, shift) in points.items():
         whisker(axes, learned, shift, looks[name], plain(name, 30), size=8)
@@ -134,6 +138,8 @@ def _dose(key: str, grid: GridSpec, tables: Sequence[Table], narrow: Table, fami
 def _dose_axes(axes: Axes, grid: GridSpec, strengths: Sequence[float]) -> None:
     if min(strengths) > 0 and max(strengths) / min(strengths) >= 10:
         axes.set_xscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -MOST), min(high, MOST))
     in_percent(axes.yaxis)
     limits: Any = {} if grid.bounds is None else {grid.bounds.shift_undone, grid.bounds.narrow_kept}
     for limit in limits:

@@ -101,9 +101,11 @@ def run_role(settings: ServiceSettings, role: str, sock: socket.socket | None = 
 
             Worker(settings).run(stop_event())
         case "inference":
+            from holdtrue.service.store.blobs import Blobs
             from holdtrue.serving.server import run
 
-            run(settings)
+            secret = settings.inference_secret.get_secret_value()
+            run(settings.home, settings.inference_url, secret, Blobs(settings.blobs), settings.threads)
         case _:
             raise SpecError(f"role must be one of {', '.join(ROLES)}, and not {role!r}")
 

@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,3 +89,17 @@ def file_id(server: Server) -> str:
 @pytest.fixture(scope="session")
 def strangers_key(server: Server) -> str:
     return server.tenant("stranger")
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Iterator[Callable[..., Server]]:
+    """Returns a function that starts a service; all stop at the end."""
+    started: list[Server] = []
+
+    def begin(home: Path, *options: str, **environment: str) -> Server:
+        started.append(start(home, *options, **environment))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        stop(server)

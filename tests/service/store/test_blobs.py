@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdtrue.errors import RunError
@@ -75,27 +84,165 @@ def test_too_much_leaves_nothing(blobs, tmp_path):
     assert files(tmp_path) == []
 
 
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Let every file of this process end at 64 KiB: a write beyond fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     blobs = Blobs(f"file://{tmp_path / 'store'}")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "a.json").write_text("{}")
+    (folder / "b.bin").write_bytes(b"x" * 2**17)
+    with full_disk(), pytest.raises(OSError) as caught:
+        blobs.put(BytesIO(b"x" * 2**17), limit=2**20)
+    assert caught.value.errno == errno.EFBIG
+    with full_disk(), pytest.raises(OSError):
+        blobs.put_tree(folder)
+    assert files(tmp_path / "store") == []
+    key, _ = blobs.put_tree(folder)
+    with full_disk(), pytest.raises(OSError):
+        blobs.fetch_tree(key, tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "adapter"}
 
-    class Full(BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            if self.tell():
-                raise OSError(28, "No space left on device")
-            return super().read(10)
 
-    with pytest.raises(OSError, match="space"):
-        blobs.put(Full(b"x" * 100), limit=1000)
+def test_a_killed_writer_leaves_a_draft_that_is_nowhere_seen_and_goes(tmp_path):
+    blobs = Blobs(f"file://{tmp_path / 'store'}")
+    code = """
+import sys
+from holdtrue.service.store.blobs import Blobs
+Blobs(sys.argv[1]).put(sys.stdin.buffer, limit=2**30)
+"""
+    writer = subprocess.Popen([sys.executable, "-c", code, f"file://{tmp_path / 'store'}"], stdin=subprocess.PIPE)
+    assert writer.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        writer.stdin.write(b"x" * 2**22)
+        writer.stdin.flush()
+    writer.kill()
+    writer.wait()
+    (draft,) = files(tmp_path)
+    assert list(blobs.stored()) == []
+    assert blobs.drop_drafts(time.time() - 60) == 0
+    os.utime(draft, (time.time() - 90, time.time() - 90))
+    assert blobs.drop_drafts(time.time() - 60) == 1
     assert files(tmp_path) == []
+    with contextlib.suppress(BrokenPipeError):
+        writer.stdin.close()
+
+
+class Slow:
+    """A stream that gives as much as it likes."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = [piece for piece in pieces if piece]
+
+    def read(self, size: int = -1) -> bytes:
+        return self.pieces.pop(0) if self.pieces else b""
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.binary(max_size=50), max_size=5), st.integers(0, 200), st.sampled_from(["file", "memory"]))
+def test_any_stream_comes_back_or_leaves_nothing(tmp_path_factory, pieces, limit, kind):
+    place = tmp_path_factory.getbasetemp() / "streams"
+    blobs = Blobs(f"file://{place}" if kind == "file" else "memory://streams")
+    content = b"".join(pieces)
+    if len(content) > limit:
+        with pytest.raises(BlobError):
+            blobs.put(Slow(pieces), limit=limit)
+    else:
+        blob = blobs.put(Slow(pieces), limit=limit)
+        with blobs.open(blob.key) as stream:
+            assert stream.read() == content
+        assert blob[1:] == (hashlib.sha256(content).hexdigest(), len(content))
+        blobs.delete(blob.key)
+    assert list(blobs.stored()) == []
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/\n\\"), min_size=1, max_size=20).filter(
+    lambda name: name not in (".", "..")
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(NAMES, st.binary(max_size=20), min_size=1, max_size=4), st.sampled_from(["file", "memory"]))
+def test_any_folder_comes_back(tmp_path_factory, content, kind):
+    place = tmp_path_factory.mktemp("trees", numbered=True)
+    blobs = Blobs(f"file://{place / 'store'}" if kind == "file" else f"memory://{place.name}")
+    (place / "tree" / "deep").mkdir(parents=True)
+    for number, (name, value) in enumerate(content.items()):
+        (place / "tree" / ("deep" if number % 2 else ".") / name).write_bytes(value)
+    key, digest = blobs.put_tree(place / "tree")
+    blobs.fetch_tree(key, place / "back", digest)
+    assert tree_digest(place / "back") == digest
+    blobs.delete(key)
+    assert list(blobs.stored()) == []
+
+
+def test_a_folder_that_was_changed_in_the_store_is_refused(tmp_path):
+    blobs = Blobs(f"file://{tmp_path / 'store'}")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    key, digest = blobs.put_tree(folder)
+    blobs.fetch_tree(key, tmp_path / "back")
+    blobs.fetch_tree(key, tmp_path / "back", digest)  # as a process that comes second
+    (tmp_path / "back" / "a").write_text("b")
+    with pytest.raises(OSError):
+        blobs.fetch_tree(key, tmp_path / "back")
+    (stored,) = [path for path in files(tmp_path / "store") if path.name == "a"]
+    stored.write_text("evil")
+    with pytest.raises(BlobError, match="digest"):
+        blobs.fetch_tree(key, tmp_path / "other")
+    stored.unlink()
+    with pytest.raises(BlobError, match="lacks"):
+        blobs.fetch_tree(key, tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "adapter", "back"}
+
+
+def test_the_time_of_a_folder_is_known_also_where_only_files_have_one(tmp_path):
+    began = time.time()
+    blobs = Blobs(f"memory://{tmp_path.name}")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a").write_text("a")
+    whole, part = blobs.put_tree(tmp_path)[0], blobs.put_tree(tmp_path)[0]
+    blobs._fs.rm_file(f"{blobs._path(part)}.list")
+    found = {stored.key: stored.at for stored in blobs.stored()}
+    assert set(found) == {whole, part}
+    assert all(at is not None and began - 1 <= at <= time.time() + 1 for at in found.values())
+
+
+def test_a_copy_in_another_store_has_the_same_key_and_content(blobs, tmp_path):
+    other = Blobs(f"file://{tmp_path / 'other'}")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a").write_text("a")
+    blob, (tree, digest) = blobs.put(BytesIO(b"abc"), limit=10), blobs.put_tree(tmp_path / "tree")
+    assert blobs.copy(blob.key, other) == blob.sha256
+    assert blobs.copy(tree, other) == digest
+    with other.open(blob.key) as stream:
+        assert stream.read() == b"abc"
+    other.fetch_tree(tree, tmp_path / "back", digest)
+    with pytest.raises(BlobError):
+        blobs.copy("b-" + "0" * 32, other)
+    assert {stored.key for stored in other.stored()} == {blob.key, tree}
 
 
 @given(st.text(max_size=60) | st.sampled_from(["../../etc/passwd", "/etc/passwd", "b-" + "g" * 32, "s3://bucket/x"]))
 def test_what_is_no_key_reaches_no_file(tmp_path_factory, key):
     blobs = Blobs(f"file://{tmp_path_factory.getbasetemp() / 'hypothesis'}")
     assert not blobs.exists(key)
-    for act in (blobs.open, blobs.delete):
+    for act in (blobs.open, blobs.delete, lambda key: blobs.copy(key, blobs)):
         with pytest.raises(BlobError):
             act(key)
+    for act in (blobs.fetch, blobs.fetch_tree):
+        with pytest.raises(BlobError):
+            act(key, tmp_path_factory.getbasetemp() / "fetched")
 
 
 def test_a_list_that_names_files_outside_is_refused(tmp_path):
@@ -105,6 +252,11 @@ def test_a_list_that_names_files_outside_is_refused(tmp_path):
     (folder / "a").write_text("a")
     key, _ = blobs.put_tree(folder)
     (listing,) = [path for path in files(tmp_path / "store") if path.suffix == ".list"]
-    listing.write_text("../../../escaped")
-    with pytest.raises(BlobError, match="outside"):
-        blobs.fetch_tree(key, tmp_path / "back")
+    for name in ("../../../escaped", "/etc/passwd", "a/../../b"):
+        listing.write_text(json.dumps({"sha256": "0" * 64, "files": [name]}))
+        with pytest.raises(BlobError, match="outside"):
+            blobs.fetch_tree(key, tmp_path / "back")
+    for damaged in ("", "{}", '{"files": 1, "sha256": ""}', "[" * 10**5):
+        listing.write_text(damaged)
+        with pytest.raises(BlobError, match="damaged"):
+            blobs.fetch_tree(key, tmp_path / "back")

@@ -76,6 +76,10 @@ def test_a_job_is_followed_while_it_runs(server: Server, tab):
         trained.move(server, job_id, status="running", stage="train")
     page.locator("#announce", has_text="Now running, stage train.").wait_for()
     page.locator("li[aria-current=step]", has_text="Train").wait_for()
+    trained.tell(server, job_id, "Checkpoint created")
+    page.locator("#events", has_text="Checkpoint created").wait_for()
+    trained.move(server, job_id, stage="finalise")
+    page.locator("li[aria-current=step]", has_text="Finish").wait_for()
     for number in range(1, 4):
         trained.step(server, job_id, number)
     trained.tell(server, job_id, "Halfway <b>there</b>")

@@ -89,6 +89,21 @@ def test_a_jobs_page_says_all_that_is_known_of_it(server: Server, visit):
     assert signing.verify(json.loads(receipt.text), key)["subject"][0]["digest"]["sha256"] == trained.DIGEST
 
 
+def test_a_checkpoints_receipt_is_not_the_jobs(server: Server, visit):
+    job_id = new_job(server)
+    trained.decided(server, job_id, "release")
+    with server.db.write() as session:
+        model = session.scalars(select(Model).where(Model.job_id == job_id)).one()
+        values = {c.name: getattr(model, c.name) for c in Model.__table__.columns if c.name != "seq"}
+        earlier = Model(**{**values, "id": "model-0", "kind": "checkpoint", "name": f"{model.name}:ckpt-step-3"})
+        later = clock.now() + 60
+        receipt = Receipt(
+            id="receipt-0", job_id=job_id, model_id="model-0", adapter_digest="0" * 64, envelope={}, created_at=later
+        )
+        session.add_all([earlier, receipt])
+    assert visit(server.key).get(f"/jobs/{job_id}/receipt").json()["signatures"]
+
+
 def test_all_events_are_there_page_by_page(server: Server, visit):
     job_id = new_job(server)
     for number in range(230):

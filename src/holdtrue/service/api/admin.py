@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import Field, StrictInt
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, auth, clock, ids, quotas, tenancy
@@ -14,7 +14,7 @@ from holdtrue.service.api import schemas
 from holdtrue.service.api.context import Admin, Caller, JobsRead, ModelsRead, PartsDep, Provider
 from holdtrue.service.api.errors import ApiError, not_found, responses
 from holdtrue.service.api.jobs import get_job
-from holdtrue.service.store.schema import ApiKey, AuditEntry, Organization, Project, Receipt
+from holdtrue.service.store.schema import ApiKey, AuditEntry, Job, Model, Organization, Project, Receipt
 
 router = APIRouter(prefix="/v1/holdtrue", tags=["holdtrue"])
 _YEARS = 10 * 366 * 86_400
@@ -310,13 +310,20 @@ def usage(parts: PartsDep, caller: ModelsRead) -> UsageAnswer:
         )
 
 
+def receipt_of(session: Session, job: Job) -> Receipt | None:
+    """Return the newest receipt of a job's own adapter; those of its checkpoints are for the checkpoints."""
+    checkpoints = select(Model.id).where(Model.job_id == job.id, Model.kind == "checkpoint")
+    own = or_(Receipt.model_id.is_(None), Receipt.model_id.not_in(checkpoints))
+    query = select(Receipt).where(Receipt.job_id == job.id, own).order_by(Receipt.created_at.desc(), Receipt.id)
+    return session.scalars(query.limit(1)).first()
+
+
 @router.get("/jobs/{fine_tuning_job_id}/receipt", responses=responses())
 def job_receipt(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> ReceiptAnswer:
     """Return the signed receipt of a job's adapter."""
     with parts.db.read() as session:
         job = get_job(session, caller.project_id, fine_tuning_job_id)
-        query = select(Receipt).where(Receipt.job_id == job.id).order_by(Receipt.created_at.desc(), Receipt.id)
-        row = session.scalars(query.limit(1)).first()
+        row = receipt_of(session, job)
         if row is None:
             raise not_found("receipt of", job.id, param="fine_tuning_job_id")
         return ReceiptAnswer(**_values(row, ReceiptAnswer))

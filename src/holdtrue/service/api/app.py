@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 
 from holdtrue.service import web
-from holdtrue.service.api import admin, errors, files, health, jobs, models, uploads
+from holdtrue.service.api import admin, chat, errors, files, health, jobs, models, uploads
 from holdtrue.service.api.context import Parts
 from holdtrue.service.api.edge import Edge
 from holdtrue.service.api.gatekeeper import Gatekeeper
@@ -19,6 +19,7 @@ from holdtrue.service.quotas import RateLimiter
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
+from holdtrue.serving.client import InferenceClient
 
 _ABOUT = (
     "OpenAI's fine-tuning API, with the provider's policy inside the training loop and a gate before release. "
@@ -40,6 +41,7 @@ def create_app(settings: ServiceSettings, *, db: Database | None = None, blobs: 
         blobs=blobs or Blobs(settings.blobs),
         metrics=Metrics(db),
         rates=RateLimiter(settings.rate_limit_storage),
+        inference=InferenceClient(settings.inference_url, settings.inference_secret.get_secret_value()),
     )
     app = FastAPI(
         title="holdtrue",
@@ -67,7 +69,7 @@ def create_app(settings: ServiceSettings, *, db: Database | None = None, blobs: 
 
 
 def _routers() -> list[APIRouter]:
-    return [health.router, files.router, uploads.router, jobs.router, models.router, admin.router]
+    return [health.router, files.router, uploads.router, jobs.router, models.router, chat.router, admin.router]
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

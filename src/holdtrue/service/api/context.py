@@ -14,6 +14,7 @@ from holdtrue.service.quotas import Limits, RateLimiter
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
+from holdtrue.serving.client import InferenceClient
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Parts:
     blobs: Blobs
     metrics: Metrics
     rates: RateLimiter
+    inference: InferenceClient
 
 
 @dataclass(frozen=True)
@@ -83,5 +85,6 @@ JobsRead = Annotated[Caller, Depends(Needs("fine_tuning.read"))]
 JobsWrite = Annotated[Caller, Depends(Needs("fine_tuning.write"))]
 ModelsRead = Annotated[Caller, Depends(Needs("models.read"))]
 ModelsWrite = Annotated[Caller, Depends(Needs("models.write"))]
+Chat = Annotated[Caller, Depends(Needs("chat"))]
 Admin = Annotated[Caller, Depends(Needs("admin"))]
 Provider = Annotated[Caller, Depends(provider)]

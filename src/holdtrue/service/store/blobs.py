@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from datetime import datetime
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -17,8 +19,12 @@ import fsspec
 
 from holdtrue.errors import RunError
 from holdtrue.models.digest import tree_digest
+from holdtrue.runs.files import sync_folder
 
 _KEY = re.compile(r"[bt]-[0-9a-f]{32}")
+_SHARE = re.compile(r"[0-9a-f]{2}")
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+"""Where fsspec's stores say when something was written; each has its own word."""
 _CHUNK = 2**20
 _INCOMING = "incoming"
 
@@ -46,11 +52,13 @@ class Blobs:
     """An object store behind fsspec: a folder by default, any other that fsspec opens by its URL."""
 
     def __init__(self, url: str) -> None:
-        self._fs, root = fsspec.url_to_fs(url)
+        # Other processes write into the store: a list of a while ago is not what it holds.
+        self._fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
         self._root = str(root).rstrip("/")
         self._local = "file" in ((self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol)
         if self._local:
-            Path(self._root, _INCOMING).mkdir(parents=True, exist_ok=True)
+            Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
+            Path(self._root, _INCOMING).mkdir(exist_ok=True)
 
     def put(self, stream: IO[bytes], *, limit: int) -> Blob:
         """Store what a stream holds under a new key.
@@ -59,31 +67,17 @@ class Blobs:
             BlobError: more than ``limit`` bytes; nothing is kept.
             OSError: the store is full or away; nothing is kept.
         """
-        key = f"b-{secrets.token_hex(16)}"
-        digest, count = hashlib.sha256(), 0
-        with self._new(self._path(key)) as target:
-            while chunk := stream.read(_CHUNK):
-                count += len(chunk)
-                if count > limit:
-                    raise BlobError(f"more than the {limit} bytes that are allowed")
-                digest.update(chunk)
-                target.write(chunk)
-        return Blob(key, digest.hexdigest(), count)
+        return self._put(f"b-{secrets.token_hex(16)}", stream, limit)
 
     def put_tree(self, folder: Path) -> tuple[str, str]:
         """Store a folder of plain files under a new key; return it with the folder's digest.
 
         Raises:
             RunError: the folder is empty or holds a link.
+            OSError: the store is full or away; nothing is kept.
         """
         key, digest = f"t-{secrets.token_hex(16)}", tree_digest(folder)
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        for name in names:
-            with (folder / name).open("rb") as source, self._new(f"{self._path(key)}/{name}") as target:
-                shutil.copyfileobj(source, target, _CHUNK)
-        # A folder counts once its list is there, which comes last.
-        with self._new(f"{self._path(key)}.list") as target:
-            target.write("\n".join(names).encode())
+        self._put_tree(key, folder, digest)
         return key, digest
 
     def open(self, key: str) -> IO[bytes]:
@@ -104,27 +98,54 @@ class Blobs:
             draft.unlink(missing_ok=True)
 
     def fetch_tree(self, key: str, folder: Path, digest: str | None = None) -> None:
-        """Copy a stored folder to a local one that is not there yet, whole or not at all.
+        """Copy a stored folder to a local one, whole or not at all; its content is what was stored, or this fails.
+
+        Args:
+            key: of the stored folder.
+            folder: where to; it must not be there yet, or hold the same already.
+            digest: what its digest must be, where somebody else than the store says so.
 
         Raises:
-            BlobError: there is none, a file of it is missing, or its digest is not ``digest``.
+            BlobError: there is none, a file of it is missing, or its digest is another.
         """
+        names, stored = self._listing(key)
+        digest = stored if digest is None else digest
         draft = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
         try:
-            for name in self._names(key):
+            for name in names:
                 target = draft / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with self._fs.open(f"{self._path(key)}/{name}", "rb") as source, target.open("wb") as file:
                     shutil.copyfileobj(source, file, _CHUNK)
-            if digest is not None and (found := tree_digest(draft)) != digest:
+            if (found := tree_digest(draft)) != digest:
                 raise BlobError(
                     f"{key} in the object store is not what was stored: its digest is {found}, not {digest}"
                 )
-            draft.rename(folder)
+            try:
+                draft.rename(folder)
+            except OSError:
+                # Another process may have been faster with the same.
+                if not folder.is_dir() or tree_digest(folder) != digest:
+                    raise
         except FileNotFoundError as error:
             raise BlobError(f"{key} in the object store lacks a file: {error.filename}") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def copy(self, key: str, to: Blobs) -> str:
+        """Copy what a key holds into another store, under the same key; return its SHA-256, or a folder's digest.
+
+        Raises:
+            BlobError: there is none, or a folder is not what was stored.
+        """
+        if key.startswith("t-"):
+            with tempfile.TemporaryDirectory(prefix="holdtrue-") as place:
+                digest = self._listing(key).digest
+                self.fetch_tree(key, Path(place, "tree"))
+                to._put_tree(key, Path(place, "tree"), digest)
+            return digest
+        with self.open(key) as source:
+            return to._put(key, source).sha256
 
     def exists(self, key: str) -> bool:
         """Say whether a key holds something; what is no key of ours does not."""
@@ -147,30 +168,78 @@ class Blobs:
 
     def stored(self) -> Iterator[Stored]:
         """Yield every key that takes room, also folders of which only a part came."""
-        self._fs.invalidate_cache()
-        seen: set[str] = set()
-        for path, entry in self._entries():
-            found = _KEY.match(PurePosixPath(path).name)
-            if found is not None and found[0] not in seen:
-                seen.add(found[0])
-                at = entry.get("mtime") or entry.get("created") or entry.get("LastModified")
-                yield Stored(found[0], at.timestamp() if isinstance(at, datetime) else at)
+        for share in self._list(self._root):
+            if share["type"] != "directory" or _SHARE.fullmatch(_name(share)) is None:
+                continue
+            found: dict[str, list[Mapping[str, Any]]] = {}
+            for entry in self._list(share["name"]):
+                key = _name(entry).removesuffix(".list")
+                if _KEY.fullmatch(key) is not None:
+                    found.setdefault(key, []).append(entry)
+            for key, entries in found.items():
+                yield Stored(key, self._written(entries))
 
-    def _entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        with contextlib.suppress(FileNotFoundError):
-            for part in self._fs.ls(self._root, detail=True):
-                if part["type"] == "directory" and PurePosixPath(part["name"]).name != _INCOMING:
-                    for entry in self._fs.ls(part["name"], detail=True):
-                        yield entry["name"], entry
+    def drop_drafts(self, before: float) -> int:
+        """Delete what was last written to before a time and never ended, and return how many: their writers died."""
+        count = 0
+        if self._local:
+            for path in Path(self._root, _INCOMING).iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < before:
+                        path.unlink()
+                        count += 1
+        return count
 
-    def _names(self, key: str) -> list[str]:
+    def _written(self, entries: list[Mapping[str, Any]]) -> float | None:
+        """Return when a key was last written to: an object store knows that of files alone."""
+        times = [time for entry in entries if (time := _time(entry)) is not None]
+        if not times and entries[0]["type"] == "directory":
+            files = self._fs.find(entries[0]["name"], detail=True)
+            times = [time for entry in files.values() if (time := _time(entry)) is not None]
+        return max(times, default=None)
+
+    def _list(self, path: str) -> list[dict[str, Any]]:
         try:
-            names = self._fs.cat_file(f"{self._path(key)}.list").decode().split("\n")
+            return self._fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+
+    def _put(self, key: str, stream: IO[bytes], limit: float = float("inf")) -> Blob:
+        digest, count = hashlib.sha256(), 0
+        with self._new(self._path(key)) as target:
+            while chunk := stream.read(_CHUNK):
+                count += len(chunk)
+                if count > limit:
+                    raise BlobError(f"more than the {limit} bytes that are allowed")
+                digest.update(chunk)
+                target.write(chunk)
+        return Blob(key, digest.hexdigest(), count)
+
+    def _put_tree(self, key: str, folder: Path, digest: str) -> None:
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        try:
+            for name in names:
+                with (folder / name).open("rb") as source, self._new(f"{self._path(key)}/{name}") as target:
+                    shutil.copyfileobj(source, target, _CHUNK)
+            # A folder counts once its list is there, which comes last.
+            with self._new(f"{self._path(key)}.list") as target:
+                target.write(json.dumps({"sha256": digest, "files": names}).encode())
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.delete(key)
+            raise
+
+    def _listing(self, key: str) -> _Listing:
+        try:
+            content = json.loads(self._fs.cat_file(f"{self._path(key)}.list"))
+            names, digest = [str(name) for name in content["files"]], str(content["sha256"])
         except FileNotFoundError:
             raise BlobError(f"the object store has no {key}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise BlobError(f"the list of {key} in the object store is damaged") from None
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
             raise BlobError(f"the list of {key} names files outside of it")
-        return names
+        return _Listing(names, digest)
 
     def _path(self, key: str) -> str:
         if _KEY.fullmatch(key) is None:
@@ -200,14 +269,24 @@ class Blobs:
                 os.fsync(file.fileno())
             target.parent.mkdir(parents=True, exist_ok=True)
             draft.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         finally:
             draft.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class _Listing(NamedTuple):
+    names: list[str]
+    digest: str
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return PurePosixPath(entry["name"]).name
+
+
+def _time(entry: Mapping[str, Any]) -> float | None:
+    at = next((entry[word] for word in _TIMES if entry.get(word)), None)
+    if isinstance(at, str):
+        at = datetime.fromisoformat(at)
+    if not isinstance(at, datetime):
+        return at
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()

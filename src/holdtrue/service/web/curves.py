@@ -57,8 +57,9 @@ def point_of(event: JobEvent) -> Point | None:
 
 def _number(data: dict[str, Any], name: str) -> float | None:
     value = data.get(name)
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def _held_out(data: dict[str, Any]) -> float | None:
@@ -94,13 +95,7 @@ def _steps(session: Session, job: Job) -> Sequence[JobEvent]:
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """Return at most ``most`` points at even distances, the last one always, and every one with a validation loss."""
-    if len(points) <= most:
-        return list(points)
-    every = math.ceil(len(points) / most)
+    """Return at most ``most`` points at even distances, the last one always, and besides all with a held-out loss."""
+    every = max(1, math.ceil(len(points) / most))
     last = len(points) - 1
-    return [
-        point
-        for index, point in enumerate(points)
-        if (last - index) % every == 0 or (point.validation is not None and len(points) < 10 * most)
-    ]
+    return [point for index, point in enumerate(points) if (last - index) % every == 0 or point.validation is not None]

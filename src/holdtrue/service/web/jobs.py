@@ -16,7 +16,7 @@ from holdtrue.service.api import jobs as api
 from holdtrue.service.api.context import Caller, JobsRead, JobsWrite, PartsDep
 from holdtrue.service.api.pages import After, take
 from holdtrue.service.policy import store as policies
-from holdtrue.service.store.schema import ENDED, File, GateDecision, Job, JobEvent, Policy, Receipt
+from holdtrue.service.store.schema import ENDED, File, GateDecision, Job, JobEvent, Policy
 from holdtrue.service.web.curves import curves
 from holdtrue.service.web.findings import Verdict, evidence, verdict
 from holdtrue.service.web.pages import HEADERS, job_path, redirect, render
@@ -59,8 +59,7 @@ def _values(session: Session, parts: Any, caller: Caller, job: Job) -> dict[str,
     newest = session.scalars(
         select(JobEvent.seq).where(JobEvent.job_id == job.id).order_by(JobEvent.seq.desc()).limit(1)
     )
-    receipts = select(Receipt).where(Receipt.job_id == job.id).order_by(Receipt.created_at.desc(), Receipt.id)
-    row = session.scalars(receipts.limit(1)).first()
+    row = admin.receipt_of(session, job)
     policy = session.get_one(Policy, job.policy_id)
     points = curves(session, job)
     return {

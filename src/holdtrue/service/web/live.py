@@ -26,7 +26,9 @@ router = APIRouter()
 POLL_SECONDS = 1.0
 _QUIET_SECONDS = 15.0
 _LONGEST_SECONDS = 3600.0
-_STREAMS = 200
+_SESSION_SECONDS = 3.0
+"""How long a stream outlives the session that opened it."""
+_STREAMS = 100
 _STREAMS_OF_ONE = 20
 _EVENTS_A_POLL = 500
 _open: Counter[str] = Counter()
@@ -58,11 +60,13 @@ async def _stream(request: Request, parts: Parts, caller: Caller, job_id: str, a
     _open[caller.project_id] += 1
     try:
         watch = _Watch(job_id, after)
-        began = spoke = time.monotonic()
+        began = spoke = asked = time.monotonic()
         yield "retry: 3000\n\n"
         while not request.app.state.stopping() and time.monotonic() - began < _LONGEST_SECONDS:
-            if not await to_thread.run_sync(_still_signed_in, parts, request, caller):
-                break
+            if time.monotonic() - asked > _SESSION_SECONDS:
+                asked = time.monotonic()
+                if not await to_thread.run_sync(_still_signed_in, parts, request, caller):
+                    return
             lines, ended = await to_thread.run_sync(watch.look, parts)
             for line in lines:
                 yield line

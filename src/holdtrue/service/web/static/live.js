@@ -183,6 +183,7 @@
 
   function listen(from) {
     let source = null;
+    let ended = false;
     let last = from;
     let state = document.getElementById("state").dataset.state;
     const seen = new Set();
@@ -208,21 +209,32 @@
         tell(values);
         if (values.type === "moderation_checks") refresh();
       })(event));
-      source.addEventListener("state", take((now) => {
+      source.addEventListener("state", (event) => {
+        // Not `take`: it has no number of its own, and the browser gives it that of the event before.
+        const now = JSON.parse(event.data);
         if (state !== `${now.status}|${now.stage}`) {
           state = `${now.status}|${now.stage}`;
           document.getElementById("announce").textContent = `Now ${now.status.replace("_", " ")}${now.stage && now.status === "running" ? `, stage ${now.stage}` : ""}.`;
         }
         refresh();
-      }));
+      });
       source.addEventListener("end", () => {
+        ended = true;
         close();
-        document.removeEventListener("visibilitychange", look);
         refresh();
+      });
+      source.addEventListener("error", () => {
+        // A broken line is mended by the browser; a refusal (too many pages, no session any more) is tried again here.
+        if (ended || source?.readyState !== EventSource.CLOSED) return;
+        close();
+        setTimeout(() => {
+          refresh();
+          look();
+        }, 30000);
       });
     };
     // A browser has few connections to one host: a page that nobody sees keeps none.
-    const look = () => (document.hidden ? close() : open());
+    const look = () => (document.hidden || ended ? close() : open());
     document.addEventListener("visibilitychange", look);
     look();
   }
