@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdtrue.data import Message
-from holdtrue.models import AdapterSpec, load_model, new_adapter, resolve, save_adapter
-from holdtrue.models.digest import tree_digest
+from holdtrue.models import load_model, resolve
 from holdtrue.serving.engine import TransformersEngine
 from holdtrue.serving.port import AdapterRef, ChatRequest, Delta, Started, Token
+from serving_support import make_adapter
 from support import small_tokenizer
 
 
@@ -70,22 +70,11 @@ def make_base(folder: Path, seed: int) -> Path:
     return folder
 
 
-def make_adapter(base: Path, folder: Path, seed: int) -> AdapterRef:
-    """Save an adapter that changes what its base says."""
-    model = new_adapter(load_model(resolve(str(base)), device="cpu"), AdapterSpec(r=4, alpha=8), seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.2)
-    save_adapter(model, folder)
-    return AdapterRef(tree_digest(folder), str(folder))
-
-
 @pytest.fixture(scope="session")
 def adapters(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
     root = tmp_path_factory.mktemp("adapters")
-    return [make_adapter(base_dir, root / str(seed), seed) for seed in (1, 2, 3)]
+    source = resolve(str(base_dir))
+    return [make_adapter(load_model(source, device="cpu"), root / str(seed), seed, scale=0.2) for seed in (1, 2, 3)]
 
 
 @pytest.fixture(scope="session")

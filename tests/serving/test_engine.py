@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def greedy_ids(base: Path, adapter: AdapterRef | None, messages: tuple[Message, 
     ids = ChatEncoder(tokenizer).prompt_ids(messages)
     start = len(ids)
     with torch.no_grad():
-        while len(ids) < start + count and ids[-1] != tokenizer.eos_token_id or len(ids) == start:
+        while (len(ids) < start + count and ids[-1] != tokenizer.eos_token_id) or len(ids) == start:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[start:]
 
@@ -50,9 +51,7 @@ def test_a_greedy_answer_is_the_models_own(
     assert said.started.digest == (adapter.digest if adapter else None)
 
 
-def test_an_answer_is_the_same_alone_and_among_others(
-    engine: TransformersEngine, adapters: list[AdapterRef], ask: Ask
-):
+def test_an_answer_is_the_same_alone_and_among_others(engine: TransformersEngine, adapters: list[AdapterRef], ask: Ask):
     requests = [
         ask(
             "word " * (index % 5) + str(index),
@@ -74,7 +73,7 @@ def test_an_answer_is_the_same_alone_and_among_others(
         together = list(pool.map(lambda request: collect(engine, request), requests))
     for one, other in zip(alone, together, strict=True):
         assert (one.texts, one.finishes, one.generated) == (other.texts, other.finishes, other.generated)
-        for mine, theirs in zip(sum(one.tokens, []), sum(other.tokens, []), strict=True):
+        for mine, theirs in zip(chain(*one.tokens), chain(*other.tokens), strict=True):
             assert mine.token_id == theirs.token_id
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
 

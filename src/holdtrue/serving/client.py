@@ -16,7 +16,7 @@ SILENCE = 60.0
 CONNECT = 5.0
 
 
-class Client:
+class InferenceClient:
     """Answers chats by asking the inference process; see the port.
 
     Args:
@@ -44,7 +44,7 @@ class Client:
                 raise ChatError("unavailable", f"the inference process answered with {response.status_code}")
             yield _events(response)
 
-    async def healthy(self) -> bool:
+    async def alive(self) -> bool:
         """Say whether the inference process answers."""
         try:
             async with self._http() as http:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 WAITING = 256
 """Requests under way and waiting, of all tenants; more are refused as ``busy``."""
 WAITING_OF_TENANT = 64
+DEFAULT_TOKENS = 1024
+"""Longest answer where a request does not say, and the context leaves as much."""
 CACHE_BYTES = 2 * 2**30
 """Memory for keys and values where the device does not say how much it has free."""
 _CACHE_SHARE = 0.6
@@ -333,12 +335,9 @@ def _encode(base: _Base, ticket: Ticket) -> None:
         raise ChatError(
             "context",
             f"the model's context is {base.limit} tokens; {asked}, and {request.max_tokens} more were asked for",
-            "messages",
+            "max_tokens",
         )
-    most = request.max_tokens if request.max_tokens is not None else room
-    if most is None:
-        raise ChatError("invalid", "this model does not say how long its context is: give max_tokens", "max_tokens")
-    ticket.most = most
+    ticket.most = request.max_tokens or min(DEFAULT_TOKENS, room or DEFAULT_TOKENS)
     if request.n > 1 and request.n * ticket.length * base.token_bytes > base.budget:
         raise ChatError("invalid", f"{request.n} answers of {ticket.length} tokens need too much memory at once", "n")
 
@@ -351,4 +350,3 @@ def _budget(lm: Any) -> int:
         return CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return int(free * _CACHE_SHARE)
-

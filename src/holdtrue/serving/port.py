@@ -63,7 +63,7 @@ class ChatRequest:
         adapter: what is put on it; ``None`` asks the base model itself.
         messages: the conversation.
         tenant: whoever asks; no two of them ever share a batch.
-        max_tokens: longest answer in tokens, its end included; ``None`` takes what the context leaves.
+        max_tokens: longest answer in tokens, its end included; ``None`` leaves it to the engine.
         temperature: 0 takes the likeliest token each time; up to 2.
         top_p: only the likeliest tokens that together have this probability are drawn from; 0 to 1.
         seed: the same one gives the same answer; ``None`` draws one.

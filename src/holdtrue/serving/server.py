@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from ipaddress import ip_address
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from holdtrue.errors import SpecError
 from holdtrue.serving.adapters import Fetch
 from holdtrue.serving.port import ChatError, Event, Inference
+from holdtrue.serving.streaming import LiveResponse
 from holdtrue.serving.wire import event_to_json, request_from_json
 
 BEAT = 5.0
@@ -98,7 +99,7 @@ def create_app(engine: Inference, secret: str) -> Starlette:
         if not secret or not hmac.compare_digest(given, expected):
             return JSONResponse({"error": "not allowed"}, 401)
         lines = _lines(engine, await request.json())
-        return StreamingResponse(lines, media_type="application/x-ndjson")
+        return LiveResponse(lines, "application/x-ndjson")
 
     async def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -106,7 +107,7 @@ def create_app(engine: Inference, secret: str) -> Starlette:
     return Starlette(routes=[Route("/chat", chat, methods=["POST"]), Route("/healthz", healthz)])
 
 
-async def _lines(engine: Inference, body: Any) -> AsyncIterator[str]:
+async def _lines(engine: Inference, body: Any) -> AsyncGenerator[str, None]:
     """Yield an answer's lines. When the other side goes away this is closed, and the engine told."""
     try:
         async with engine.chat(request_from_json(body)) as events:

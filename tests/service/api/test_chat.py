@@ -70,7 +70,7 @@ def test_an_answer(asking):
     assert answer.model == BASE
     assert answer.usage.completion_tokens == 8
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
-    assert answer.system_fingerprint == "fp_base"
+    assert answer.system_fingerprint == resolve(BASE).revision
 
 
 def test_a_stream_says_the_same(asking):
