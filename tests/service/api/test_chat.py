@@ -26,7 +26,7 @@ GREEDY = {"model": BASE, "messages": ASKED, "temperature": 0, "max_tokens": 8}
 
 @pytest.fixture(scope="module")
 def chatting(start_server, tmp_path_factory):
-    return start_server(tmp_path_factory.mktemp("chat") / "home", role="all", HOLDTRUE_THREADS="2")
+    return start_server(tmp_path_factory.mktemp("chat") / "home", role="all", HOLDTRUE_THREADS="1")
 
 
 @pytest.fixture(scope="module")
