@@ -96,7 +96,7 @@ def test_errors_cross_the_wire(url: str, ask: Ask):
 
 @pytest.mark.parametrize("secret", ["", "wrong", SECRET + "x", "é"])
 def test_without_the_secret_nothing_is_answered(url: str, ask: Ask, secret: str):
-    header = {"authorization": f"Bearer {secret}".encode()}
+    header = {"authorization": f"Bearer {secret}".strip().encode()}
     assert httpx.post(f"{url}/chat", json=request_to_json(ask()), headers=header).status_code == 401
     if secret.isascii():
         with pytest.raises(ChatError) as raised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ STOPS = st.lists(st.text(alphabet="abc é🙂", min_size=1, max_size=4), max_siz
 def cut(content: bytes, places: Sequence[int]) -> list[bytes]:
     """Cut bytes at some places, in the middle of characters too."""
     edges = [0, *sorted(place % (len(content) + 1) for place in places), len(content)]
-    return [content[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [content[a:b] for a, b in pairwise(edges)]
 
 
 def write(parts: Sequence[bytes], stops: Sequence[str]) -> tuple[list[str], list[Token], bool]:
@@ -121,14 +122,14 @@ def pieces() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
+PARTS = st.sampled_from([[257], [258], [259], [260], [261], *([1 + byte for byte in c.encode()] for c in "aé日🙂 \n")])
+
+
 @SMALL
-@given(st.lists(st.integers(1, 261), min_size=1, max_size=12))
-def test_word_pieces_with_bytes(pieces: PreTrainedTokenizerFast, ids: list[int]):
+@given(st.lists(PARTS, min_size=1, max_size=8))
+def test_word_pieces_with_bytes(pieces: PreTrainedTokenizerFast, parts: list[list[int]]):
+    ids = [id for part in parts for id in part]
     table = TokenBytes(pieces)
     text = AnswerText(strips_first=table.strips_first)
     said = "".join(text.add(table(id)).text for id in ids) + text.end().text
-    whole = pieces.decode(ids, skip_special_tokens=True)
-    if "�" in whole:  # its decoder writes one mark for each byte of what is no character
-        assert said.replace("�", "") == whole.replace("�", "") or "�" in said
-    else:
-        assert said == whole
+    assert said == pieces.decode(ids, skip_special_tokens=True)
