@@ -55,7 +55,7 @@ class InferenceClient:
     def _http(self) -> httpx.AsyncClient:
         # One for each call: a kept connection that the other side has closed would fail a request for nothing.
         return httpx.AsyncClient(
-            headers={"authorization": f"Bearer {self._secret}"},
+            headers={"authorization": f"Bearer {self._secret}"} if self._secret else {},
             timeout=httpx.Timeout(SILENCE, connect=CONNECT),
             trust_env=False,  # no proxy stands between two processes of one service
         )

@@ -37,7 +37,8 @@ CACHE_BYTES = 2 * 2**30
 _CACHE_SHARE = 0.6
 _LOADERS = 4
 
-Key = tuple[str, str | None, str]
+BaseKey = tuple[str, str | None]
+Key = tuple[BaseKey, str | None, str]
 Emit = Callable[[Event | ChatError | None], None]
 logger = logging.getLogger("holdtrue.serving")
 
@@ -73,7 +74,7 @@ class TransformersEngine:
     def __init__(self, fetch: Fetch = copy_folder, *, threads: int = 0) -> None:
         self._fetch = fetch
         self._threads = threads
-        self._bases: dict[str, Future[_Base]] = {}
+        self._bases: dict[BaseKey, Future[_Base]] = {}
         self._lanes: dict[Key, Lane] = {}
         self._turn: list[Key] = []
         self._blocked: Key | None = None
@@ -176,7 +177,7 @@ class TransformersEngine:
 
     def _prepare(self, ticket: Ticket) -> None:
         try:
-            base = self._base(ticket.request.base)
+            base = self._base((ticket.request.base, ticket.request.revision))
             _encode(base, ticket)
             model = base.adapters.get(ticket.request.adapter)
             self._inbox.put(partial(self._enqueue, ticket, base, model))
@@ -189,27 +190,27 @@ class TransformersEngine:
             logger.exception("a chat could not be prepared")
             ticket.emit(ChatError("failed", f"the chat could not be prepared ({type(error).__name__})"))
 
-    def _base(self, name: str) -> _Base:
+    def _base(self, key: BaseKey) -> _Base:
         with self._guard:
-            found = self._bases.get(name)
+            found = self._bases.get(key)
             if found is None:
-                found = self._bases[name] = Future()
+                found = self._bases[key] = Future()
                 # In the engine's thread: libraries change what holds for all threads while they load weights.
-                self._inbox.put(partial(_resolve, found, partial(self._load, name)))
+                self._inbox.put(partial(_resolve, found, partial(self._load, *key)))
         try:
             return found.result()
         except HoldtrueError:
             with self._guard:
-                if self._bases.get(name) is found:
-                    del self._bases[name]  # the next request tries again
+                if self._bases.get(key) is found:
+                    del self._bases[key]  # the next request tries again
             raise
 
-    def _load(self, name: str) -> _Base:
+    def _load(self, name: str, revision: str | None) -> _Base:
         from holdtrue.data import ChatEncoder
         from holdtrue.models import causal_lm, load_tokenizer, resolve
         from holdtrue.scoring import position_limit
 
-        source = resolve(name)
+        source = resolve(name, revision)
         tokenizer = load_tokenizer(source)
         adapters = Adapters(source, self._fetch)
         model = adapters.load_base()
@@ -259,7 +260,7 @@ class TransformersEngine:
         if ticket.gone.is_set():
             return
         request = ticket.request
-        key = (request.base, request.adapter.digest if request.adapter else None, request.tenant)
+        key = ((request.base, request.revision), request.adapter.digest if request.adapter else None, request.tenant)
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = Lane(model, causal_lm(model), base.table, base.ends)

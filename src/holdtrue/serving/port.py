@@ -63,6 +63,7 @@ class ChatRequest:
         adapter: what is put on it; ``None`` asks the base model itself.
         messages: the conversation.
         tenant: whoever asks; no two of them ever share a batch.
+        revision: what the base model must be (``ModelSource.revision``); ``None`` takes the one that is there.
         max_tokens: longest answer in tokens, its end included; ``None`` leaves it to the engine.
         temperature: 0 takes the likeliest token each time; up to 2.
         top_p: only the likeliest tokens that together have this probability are drawn from; 0 to 1.
@@ -77,6 +78,7 @@ class ChatRequest:
     adapter: AdapterRef | None
     messages: tuple[Message, ...]
     tenant: str = ""
+    revision: str | None = None
     max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
