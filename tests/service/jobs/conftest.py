@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 ON_BOTH = ("test_a_job_succeeds_and_leaves_evidence", "test_leases")
-"""What every run of the tests tries on PostgreSQL too; the rest of it is slow there, and tried by `make test-service`."""
+"""What every run of the tests tries on PostgreSQL too; the rest is slow there, and for `make test-service`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
