@@ -9,7 +9,7 @@ import torch
 
 from holdtrue.models import AdapterSpec, new_adapter, save_adapter
 from holdtrue.models.digest import tree_digest
-from holdtrue.serving.port import AdapterRef, ChatRequest, Turn
+from holdtrue.serving.port import AdapterRef
 
 
 def make_adapter(model: Any, folder: Path, seed: int, scale: float = 1.0) -> AdapterRef:
@@ -21,9 +21,3 @@ def make_adapter(model: Any, folder: Path, seed: int, scale: float = 1.0) -> Ada
             parameter.data = scale * torch.randn(parameter.shape, generator=generator)
     save_adapter(adapted, folder)
     return AdapterRef(digest=tree_digest(folder), location=str(folder))
-
-
-def ask(text: str, **values: Any) -> ChatRequest:
-    """A request of one user's turn."""
-    values = {"tenant": "a", "base": "tiny", "max_tokens": 12, "temperature": 0.0} | values
-    return ChatRequest(messages=(Turn(role="user", content=text),), **values)

@@ -62,6 +62,8 @@ def test_help_names_every_command(capfd: Capture) -> None:
         "bench",
         "demo",
         "screen",
+        "chat",
+        "export",
     ):
         assert command in text
         assert main([command, "--help"]) == 0
@@ -82,6 +84,9 @@ def test_help_names_every_command(capfd: Capture) -> None:
         ["scorers", "build"],
         ["scorers", "list", "no-such-folder"],
         ["eval"],
+        ["chat", "no-such-model"],
+        ["chat", "smollm2-135m-instruct", "--message", "Hi", "--temperature", "3"],
+        ["export", "no-such-run", "--out", "x"],
         ["eval", "smollm2-135m-instruct", "--data", "x.jsonl"],
         ["eval", "smollm2-135m-instruct", "--suite", "nothing"],
     ],

@@ -117,7 +117,9 @@ def _change(row: SeedRow) -> float | None:
 def _rows_of(group: Group, seed: int, suite: str, metric: str, task: str) -> str | None:
     first = group.entry(suite, metric, task)
     run = group.runs[seed]
-    for record in run.evaluations() if first is not None else ():
+    if first is None:
+        return None
+    for record in run.evaluations():
         named = (record["suite"], record["which"], task_of(run, record)) == (suite, "tuned", first.task)
         if named and record["data"].get("of_spec", False) and record["rows"]:
             return record["data"]["sha256"]

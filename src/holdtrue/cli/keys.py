@@ -27,7 +27,7 @@ audit = typer.Typer(help="Read and check the audit log.", no_args_is_help=True)
 
 
 @contextlib.contextmanager
-def _opened(home: Any, database_url: str | None) -> Iterator[Session]:
+def opened(home: Any, database_url: str | None) -> Iterator[Session]:
     from sqlalchemy import select
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -56,7 +56,7 @@ def settings_path_exists(path: str) -> bool:
     return Path(path).is_file()
 
 
-def _table(rows: list[dict[str, Any]], names: tuple[str, ...]) -> Result:
+def table(rows: list[dict[str, Any]], names: tuple[str, ...]) -> Result:
     def show(console: Console) -> None:
         from rich.table import Table
 
@@ -113,7 +113,7 @@ def create_key(
     from holdtrue.service import auth, clock, tenancy
 
     now = clock.now()
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         row, secret = auth.create(
             session,
             project_id=tenancy.project_of(session, project).id,
@@ -137,9 +137,9 @@ def list_keys(
     """List keys, without the keys themselves."""
     from holdtrue.service import auth
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         rows = [_key_values(row) for row in auth.keys_of(session, project)]
-    return _table(
+    return table(
         rows, ("id", "project_id", "name", "shown", "role", "scopes", "expires_at", "revoked_at", "last_used_at")
     )
 
@@ -164,11 +164,11 @@ def revoke_key(
     from holdtrue.service import audit as log
     from holdtrue.service import auth, clock
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         row = _find(session, key)
         auth.revoke(session, row, clock.now())
         log.add(session, ACTOR, "key.revoke", row.id, now=clock.now())
-        return _table([_key_values(row)], ("id", "name", "role", "revoked_at"))
+        return table([_key_values(row)], ("id", "name", "role", "revoked_at"))
 
 
 @keys.command("rotate")
@@ -183,7 +183,7 @@ def rotate_key(
     from holdtrue.service import audit as log
     from holdtrue.service import auth, clock
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         old = _find(session, key)
         row, secret = auth.rotate(session, old, now=clock.now(), grace=grace)
         log.add(session, ACTOR, "key.rotate", old.id, now=clock.now(), detail={"new": row.id})
@@ -202,10 +202,10 @@ def create_organization(
     from holdtrue.service import audit as log
     from holdtrue.service import clock, tenancy
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         row = tenancy.create_organization(session, name, slug, now=clock.now())
         log.add(session, ACTOR, "organization.create", row.id, now=clock.now())
-        return _table([{"id": row.id, "slug": row.slug, "name": row.name}], ("id", "slug", "name"))
+        return table([{"id": row.id, "slug": row.slug, "name": row.name}], ("id", "slug", "name"))
 
 
 @organizations.command("list")
@@ -215,10 +215,10 @@ def list_organizations(home: Home = None, database_url: DatabaseUrl = None, as_j
 
     from holdtrue.service.store.schema import Organization
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         found = session.scalars(select(Organization).order_by(Organization.created_at, Organization.id))
         rows = [{"id": row.id, "slug": row.slug, "name": row.name, "created_at": row.created_at} for row in found]
-    return _table(rows, ("id", "slug", "name", "created_at"))
+    return table(rows, ("id", "slug", "name", "created_at"))
 
 
 def _project_values(row: Any) -> dict[str, Any]:
@@ -237,10 +237,10 @@ def create_project(
     from holdtrue.service import audit as log
     from holdtrue.service import clock, tenancy
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         row = tenancy.create_project(session, organization, name, now=clock.now())
         log.add(session, ACTOR, "project.create", row.id, now=clock.now())
-        return _table([_project_values(row)], ("id", "organization_id", "name", "limits"))
+        return table([_project_values(row)], ("id", "organization_id", "name", "limits"))
 
 
 @projects.command("list")
@@ -250,11 +250,11 @@ def list_projects(home: Home = None, database_url: DatabaseUrl = None, as_json: 
 
     from holdtrue.service.store.schema import Project
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         rows = [
             _project_values(row) for row in session.scalars(select(Project).order_by(Project.created_at, Project.id))
         ]
-    return _table(rows, ("id", "organization_id", "name", "limits", "created_at"))
+    return table(rows, ("id", "organization_id", "name", "limits", "created_at"))
 
 
 @projects.command("limits")
@@ -279,11 +279,11 @@ def project_limits(
             raise SpecError(f"--limit must be NAME=NUMBER, and not {text!r}; names: {', '.join(Limits.model_fields)}")
         values[name] = int(number)
     Limits().with_overrides(values)
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         row = tenancy.project_of(session, project)
         row.limits = values
         log.add(session, ACTOR, "project.limits", row.id, now=clock.now(), detail={"limits": values})
-        return _table([_project_values(row)], ("id", "name", "limits"))
+        return table([_project_values(row)], ("id", "name", "limits"))
 
 
 @audit.command("list")
@@ -299,10 +299,10 @@ def list_audit(
     from holdtrue.service.store.schema import AuditEntry
 
     names = ("seq", "at", "actor", "action", "subject", "detail")
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         found = session.scalars(select(AuditEntry).order_by(AuditEntry.seq.desc()).limit(last))
         rows = [{name: getattr(row, name) for name in (*names, "previous", "digest")} for row in found]
-    return _table(rows, names)
+    return table(rows, names)
 
 
 @audit.command("verify")
@@ -310,7 +310,7 @@ def verify_audit(home: Home = None, database_url: DatabaseUrl = None, as_json: A
     """Check the chain of the audit log; exit code 1 where it is broken."""
     from holdtrue.service import audit as log
 
-    with _opened(home, database_url) as session:
+    with opened(home, database_url) as session:
         verdict = log.verify(session)
 
     def show(console: Console) -> None:

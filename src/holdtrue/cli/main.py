@@ -9,7 +9,22 @@ from typing import Any
 
 import typer
 
-from holdtrue.cli import bench, demo, evaluate, keys, listing, persona, scorers, screen, serve, train
+from holdtrue.cli import (
+    bench,
+    chat,
+    demo,
+    evaluate,
+    export,
+    keys,
+    listing,
+    persona,
+    policy,
+    scorers,
+    screen,
+    serve,
+    train,
+    verify,
+)
 from holdtrue.cli.output import Result, say, set_up_logging, show, stdout_kept
 from holdtrue.errors import HoldtrueError, Interrupted
 
@@ -39,9 +54,13 @@ app.command("samples")(evaluate.samples)
 app.command("defenses")(listing.defenses)
 app.command("models")(listing.models)
 app.add_typer(scorers.app, name="scorers")
+app.command("chat")(chat.chat)
+app.command("export")(export.export)
 app.command("demo")(demo.demo)
 app.add_typer(persona.app, name="persona")
 app.command("serve")(serve.serve)
+app.add_typer(policy.app, name="policy")
+app.command("verify")(verify.verify)
 app.add_typer(keys.keys, name="keys")
 app.add_typer(keys.organizations, name="organizations")
 app.add_typer(keys.projects, name="projects")

@@ -81,10 +81,8 @@ def _fill(adapted: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(adapted, saved.tensors)
 
 
-def load_adapter(
-    model: PreTrainedModel, folder: str | Path, *, trainable: bool = False, name: str = "default"
-) -> PeftModel:
-    """Put a saved adapter on ``model``, in place, under ``name``. Only safetensors and plain LoRA are read.
+def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on ``model``, in place. Only safetensors and plain LoRA are read.
 
     Raises:
         SpecError: not an adapter, not LoRA, or one that asks for code or for a changed base.
@@ -99,12 +97,7 @@ def load_adapter(
         logger.warning("%s was trained on %s and is put on %s", folder, base, model.name_or_path)
     try:
         adapted = PeftModel.from_pretrained(
-            model,
-            str(folder),
-            adapter_name=name,
-            is_trainable=trainable,
-            torch_device=str(model.device),
-            local_files_only=True,
+            model, str(folder), is_trainable=trainable, torch_device=str(model.device), local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise RunError(f"{folder}: the adapter cannot be put on {model.name_or_path}: {error}") from error

@@ -104,8 +104,8 @@ def run_role(settings: ServiceSettings, role: str, sock: socket.socket | None = 
             from holdtrue.service.store.blobs import Blobs
             from holdtrue.serving.server import run
 
-            secret = settings.inference_secret.get_secret_value()
-            run(settings.home, settings.inference_url, secret, Blobs(settings.blobs), settings.threads)
+            stop_event()  # as for the API
+            run(settings, Blobs(settings.blobs).fetch_tree)
         case _:
             raise SpecError(f"role must be one of {', '.join(ROLES)}, and not {role!r}")
 

@@ -23,7 +23,8 @@ class ServiceSettings(BaseSettings):
         database_url: SQLAlchemy URL; empty means SQLite in ``home``.
         blob_url: fsspec URL of the object store; empty means the folder ``home/blobs``.
         host, port: where the API listens; any host but a loopback one needs ``behind_tls`` and real keys.
-        inference_url: where the inference process listens; loopback by default.
+        inference_url: where the inference process listens; on this machine.
+        inference_secret: what the API shows it.
         signing_key: path of an Ed25519 private key in PEM; made at first start in ``home`` when empty.
         lease_seconds: how long a worker may be silent before its job is taken over.
         upload_bytes: largest file, in bytes.

@@ -1,282 +1,353 @@
-"""The default engine: one base model in this process, adapters over it, requests joining and leaving between tokens."""
+"""The engine on transformers and PEFT: one thread that gives every lane its turn."""
 
 from __future__ import annotations
 
-import collections
+import asyncio
+import contextlib
+import logging
 import queue
+import secrets
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from holdtrue.errors import DataError, HoldtrueError
-from holdtrue.serving.batch import Batch, Row
-from holdtrue.serving.port import AdapterRef, BusyError, ChatRequest, Piece, RequestError
-from holdtrue.serving.text import TextStream
+from holdtrue.serving.adapters import Adapters, Fetch, copy_folder
+from holdtrue.serving.lane import Lane, Ticket
+from holdtrue.serving.port import ChatError, ChatRequest, Event, Started
+from holdtrue.serving.rows import bytes_per_token, check_architecture
+from holdtrue.serving.text import TokenBytes
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+    from torch import nn
 
-log = structlog.get_logger()
-QUANTUM = 16
-"""Tokens that one adapter's batch writes before the next one's turn."""
-MOST_ROWS = 16
-MOST_WAITING = 256
-MOST_ADAPTERS = 8
+    from holdtrue.data import ChatEncoder
+
+WAITING = 256
+"""Requests under way and waiting, of all tenants; more are refused as ``busy``."""
+WAITING_OF_TENANT = 64
 DEFAULT_TOKENS = 1024
+"""Longest answer where a request does not say, and the context leaves as much."""
+CACHE_BYTES = 2 * 2**30
+"""Memory for keys and values where the device does not say how much it has free."""
+_CACHE_SHARE = 0.6
+_LOADERS = 4
 
-Fetch = Callable[[AdapterRef], Path]
-Key = tuple[str, str | None]
+BaseKey = tuple[str, str | None]
+Key = tuple[BaseKey, str | None, str]
+Emit = Callable[[Event | ChatError | None], None]
+logger = logging.getLogger("holdtrue.serving")
 
 
-class _Stream:
-    """One request on its way."""
+@dataclass(frozen=True)
+class _Base:
+    """A base model with what turns texts into its tokens and back."""
 
-    def __init__(self, request: ChatRequest, prompt: list[int]) -> None:
-        self.request, self.prompt = request, prompt
-        self.cancelled = False
-        self._pieces: queue.SimpleQueue[Piece | HoldtrueError] = queue.SimpleQueue()
-        self._open = request.n
-
-    def __iter__(self) -> Iterator[Piece]:
-        left = self.request.n
-        while left:
-            piece = self._pieces.get()
-            if isinstance(piece, HoldtrueError):
-                raise piece
-            left -= piece.finish is not None
-            yield piece
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        self._pieces.put(BusyError("cancelled"))  # wakes a reader that waits
-
-    def put(self, piece: Piece | HoldtrueError) -> None:
-        self._pieces.put(piece)
+    adapters: Adapters
+    encoder: ChatEncoder
+    table: TokenBytes
+    ends: frozenset[int]
+    limit: int | None
+    token_bytes: int
+    budget: int
 
 
 class TransformersEngine:
-    """Answers with transformers and PEFT, in a thread of its own.
+    """Answers chats in this process, with any number of adapters over a base model; see the port.
 
-    A batch holds requests of one tenant on one adapter: no other's tokens, keys or values are ever in the same tensor.
-    Batches take turns. An answer depends on its own request alone, up to the rounding of batched products; sampling
-    uses noise that is a function of seed, step and token, so that its mates do not shift it.
+    A *lane* is one model (base or adapter) for one tenant. Within a lane answers are written together, a token of each
+    at a time, and requests join and leave between two tokens. Lanes take turns. A batch, and the memory of what was
+    read, is never shared by two lanes.
+
+    The same model, messages, seed and settings give the same answer whoever else is there, up to the rounding of
+    batched products (see :mod:`holdtrue.evaluation.sampling.gumbel`).
 
     Args:
-        model: the base model, which is frozen here.
-        tokenizer: its own, with a chat template.
-        fetch: returns a local folder of an adapter, checked against its digest.
+        fetch: gets an adapter's folder from its location.
+        threads: of torch; 0 leaves its default.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, fetch: Fetch) -> None:
-        from holdtrue.data import ChatEncoder
-        from holdtrue.scoring import position_limit
-
-        self._base = model.eval().requires_grad_(False)
-        self._peft: PeftModel | None = None
-        self._tokenizer, self._fetch = tokenizer, fetch
-        self._encoder = ChatEncoder(tokenizer)
-        self._limit = position_limit(model) or 2**31
-        self._ends = _end_tokens(model, tokenizer)
-        self._adapters: collections.OrderedDict[str, None] = collections.OrderedDict()
-        self._arrivals: queue.SimpleQueue[_Stream | None] = queue.SimpleQueue()
-        self._waiting: dict[Key, collections.deque[_Stream]] = {}
-        self._batches: dict[Key, Batch] = {}
-        self._turns: collections.deque[Key] = collections.deque()
-        self._count = 0
-        self._lock = threading.Lock()
+    def __init__(self, fetch: Fetch = copy_folder, *, threads: int = 0) -> None:
+        self._fetch = fetch
+        self._threads = threads
+        self._bases: dict[BaseKey, Future[_Base]] = {}
+        self._lanes: dict[Key, Lane] = {}
+        self._turn: list[Key] = []
+        self._blocked: Key | None = None
+        self._open: Counter[str] = Counter()
+        self._guard = threading.Lock()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._loaders = ThreadPoolExecutor(_LOADERS, "holdtrue-load")
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="holdtrue-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: ChatRequest) -> _Stream:
-        """Take a request; see the port."""
-        from holdtrue.data import Message
-
-        try:
-            prompt = self._encoder.prompt_ids([Message(turn.role, turn.content) for turn in request.messages])
-        except DataError as error:
-            raise RequestError("; ".join(problem.message for problem in error.problems), "messages") from None
-        wanted = request.max_tokens
-        if len(prompt) + (wanted or 1) > self._limit:
-            raise RequestError(
-                f"This model's maximum context length is {self._limit} tokens. However, you requested "
-                f"{len(prompt) + (wanted or 1)} tokens ({len(prompt)} in the messages, {wanted or 1} in the answer)",
-                "messages" if len(prompt) >= self._limit else "max_tokens",
-                "context_length_exceeded",
-            )
-        stream = _Stream(request, prompt)
-        with self._lock:
-            if self._closed or self._count >= MOST_WAITING:
-                raise BusyError("the inference process has as many requests as it can hold; try again soon")
-            self._count += 1
-        self._arrivals.put(stream)
-        return stream
-
     def close(self) -> None:
-        """Stop; requests under way end with an error."""
-        with self._lock:
-            self._closed = True
-        self._arrivals.put(None)
+        """Stop; whoever still waits gets an error."""
+        self._closed = True
+        self._inbox.put(lambda: None)
         self._thread.join()
+        self._loaders.shutdown(cancel_futures=True)
 
-    # The thread
+    def submit(self, request: ChatRequest, emit: Emit) -> Callable[[], None]:
+        """Take a request; return what ends it early.
+
+        ``emit`` is called from the engine's thread with each event, and at last with ``None`` or an error.
+
+        Raises:
+            ChatError: too many requests are under way, or a value is out of its range.
+        """
+        request.check()
+        tenant = request.tenant
+        with self._guard:
+            if self._closed:
+                raise ChatError("unavailable", "the engine has stopped")
+            if self._open[tenant] >= WAITING_OF_TENANT or self._open.total() >= WAITING:
+                raise ChatError("busy", "too many chats are being answered or waiting; try again in some seconds")
+            self._open[tenant] += 1
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        ended = threading.Event()
+
+        def tell(event: Event | ChatError | None) -> None:
+            if not isinstance(event, Event):
+                self._forget(tenant, ended)
+            emit(event)
+
+        ticket = Ticket(request, tell, seed)
+
+        def cancel() -> None:
+            ticket.gone.set()
+            self._forget(tenant, ended)
+            self._inbox.put(lambda: None)
+
+        self._loaders.submit(self._prepare, ticket)
+        return cancel
+
+    @contextlib.asynccontextmanager
+    async def chat(self, request: ChatRequest) -> AsyncIterator[AsyncIterator[Event]]:
+        """Answer a request; see the port."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | ChatError | None] = asyncio.Queue()
+
+        def emit(event: Event | ChatError | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        async def read() -> AsyncIterator[Event]:
+            while (event := await events.get()) is not None:
+                if isinstance(event, ChatError):
+                    raise event
+                yield event
+
+        cancel = self.submit(request, emit)
+        try:
+            yield read()
+        finally:
+            cancel()
+
+    @contextlib.contextmanager
+    def answer(self, request: ChatRequest) -> Iterator[Iterator[Event]]:
+        """Answer a request for somebody who has no event loop."""
+        events: queue.SimpleQueue[Event | ChatError | None] = queue.SimpleQueue()
+
+        def read() -> Iterator[Event]:
+            while (event := events.get()) is not None:
+                if isinstance(event, ChatError):
+                    raise event
+                yield event
+
+        cancel = self.submit(request, events.put)
+        try:
+            yield read()
+        finally:
+            cancel()
+
+    def _forget(self, tenant: str, ended: threading.Event) -> None:
+        with self._guard:
+            if not ended.is_set():
+                ended.set()
+                self._open[tenant] -= 1
+                self._open += Counter()  # drops what is at zero
+
+    # What follows up to the next line runs in the loaders' threads.
+
+    def _prepare(self, ticket: Ticket) -> None:
+        try:
+            base = self._base((ticket.request.base, ticket.request.revision))
+            _encode(base, ticket)
+            model = base.adapters.get(ticket.request.adapter)
+            self._inbox.put(partial(self._enqueue, ticket, base, model))
+        except ChatError as error:
+            ticket.emit(error)
+        except HoldtrueError as error:
+            logger.error("a base model cannot be served: %s", type(error).__name__)
+            ticket.emit(ChatError("failed", str(error)))
+        except Exception as error:
+            logger.exception("a chat could not be prepared")
+            ticket.emit(ChatError("failed", f"the chat could not be prepared ({type(error).__name__})"))
+
+    def _base(self, key: BaseKey) -> _Base:
+        with self._guard:
+            found = self._bases.get(key)
+            if found is None:
+                found = self._bases[key] = Future()
+                # In the engine's thread: libraries change what holds for all threads while they load weights.
+                self._inbox.put(partial(_resolve, found, partial(self._load, *key)))
+        try:
+            return found.result()
+        except HoldtrueError:
+            with self._guard:
+                if self._bases.get(key) is found:
+                    del self._bases[key]  # the next request tries again
+            raise
+
+    def _load(self, name: str, revision: str | None) -> _Base:
+        from holdtrue.data import ChatEncoder
+        from holdtrue.models import causal_lm, load_tokenizer, resolve
+        from holdtrue.scoring import position_limit
+
+        source = resolve(name, revision)
+        tokenizer = load_tokenizer(source)
+        adapters = Adapters(source, self._fetch)
+        model = adapters.load_base()
+        lm: Any = causal_lm(model)
+        check_architecture(lm)
+        own = lm.generation_config.eos_token_id
+        named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+        return _Base(
+            adapters,
+            ChatEncoder(tokenizer),
+            TokenBytes(tokenizer),
+            frozenset(token for token in named if isinstance(token, int)),
+            position_limit(model),
+            bytes_per_token(lm),
+            _budget(lm),
+        )
+
+    # ---- What follows runs in the engine's thread, which alone touches lanes. ----
 
     def _run(self) -> None:
-        while self._receive(block=not self._turns):
-            key = self._turns.popleft()
-            try:
-                self._turn(key)
-            except Exception as error:
-                log.exception("inference failed")
-                self._fail(key, error)
-            batch = self._batches.get(key)
-            if self._waiting.get(key) or (batch is not None and batch.rows):
-                if key not in self._turns:
-                    self._turns.append(key)
-            else:
-                self._waiting.pop(key, None)
-                self._batches.pop(key, None)
-        for key in list(self._turns):
-            self._fail(key, BusyError("the inference process is stopping"))
-
-    def _receive(self, *, block: bool) -> bool:
-        while True:
-            try:
-                stream = self._arrivals.get(block=block)
-            except queue.Empty:
-                return True
-            if stream is None:
-                return False
-            adapter = stream.request.adapter
-            key = (stream.request.tenant, None if adapter is None else adapter.digest)
-            self._waiting.setdefault(key, collections.deque()).append(stream)
-            if key not in self._turns:
-                self._turns.append(key)
-            block = False
-
-    def _turn(self, key: Key) -> None:
         import torch
 
-        waiting = self._waiting.setdefault(key, collections.deque())
-        batch = self._batches.get(key)
-        if batch is not None and batch.rows:
-            first = batch.rows[0].owner.request
-        elif waiting:
-            first = waiting[0].request
-        else:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while not self._closed:
+                self._read_inbox()
+                self._admit()
+                self._give_turn()
+        for lane in self._lanes.values():
+            lane.fail(ChatError("unavailable", "the engine has stopped"))
+
+    def _read_inbox(self) -> None:
+        """Do what others ask of this thread; wait for it where there is nothing else to do."""
+        while True:
+            try:
+                job = self._inbox.get(block=not self._lanes)
+            except queue.Empty:
+                return
+            job()
+            if self._closed:
+                return
+
+    def _enqueue(self, ticket: Ticket, base: _Base, model: nn.Module) -> None:
+        from holdtrue.models import causal_lm
+
+        if ticket.gone.is_set():
             return
-        with torch.inference_mode(), self._adapted(first.adapter) as lm:
-            batch = self._batches.setdefault(key, Batch(lm, self._ends))
-            for _ in range(QUANTUM):
-                while waiting and len(batch.rows) + waiting[0].request.n <= max(MOST_ROWS, waiting[0].request.n):
-                    self._join(batch, waiting[0])
-                    waiting.popleft()  # not before: what fails in between is told to all who are under way or wait
-                if not batch.rows:
-                    return
-                batch.step()
-                self._leave(batch)
-                self._receive_quietly()
+        request = ticket.request
+        key = ((request.base, request.revision), request.adapter.digest if request.adapter else None, request.tenant)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane(model, causal_lm(model), base.table, base.ends)
+            self._turn.append(key)
+        lane.waiting.append(ticket)
 
-    def _receive_quietly(self) -> None:
-        """Let what has just arrived for the batch under way join it at the next token."""
-        if not self._arrivals.empty() and not self._receive(block=False):
-            self._arrivals.put(None)
+    def _admit(self) -> None:
+        """Let requests in, each lane's in order and the lanes in turn, as far as memory goes."""
+        # One that did not fit comes first, or those that need less would overtake it for ever.
+        for key in sorted(self._turn, key=lambda key: key != self._blocked):
+            lane = self._lanes[key]
+            while lane.waiting and lane.waiting[0].gone.is_set():
+                lane.waiting.popleft()
+            if not lane.waiting or not lane.takes(lane.waiting[0]):
+                continue
+            if not self._fits(key, lane.waiting[0]):
+                self._blocked = key
+                return
+            self._blocked = None
+            lane.start(ticket := lane.waiting.popleft())
+            base, ref = self._bases[key[0]].result(), ticket.request.adapter
+            ticket.emit(Started(len(ticket.prompt), base.adapters.source.revision, ref.digest if ref else None))
 
-    def _join(self, batch: Batch, stream: _Stream) -> None:
-        if stream.cancelled:
-            with self._lock:
-                self._count -= 1
+    def _fits(self, key: Key, ticket: Ticket) -> bool:
+        base = self._bases[key[0]].result()
+        others = sum(
+            lane.size() * self._bases[other[0]].result().token_bytes
+            for other, lane in self._lanes.items()
+            if other != key
+        )
+        own = self._lanes[key].size(ticket) * base.token_bytes
+        alone = others == 0 and not self._lanes[key].busy
+        return alone or others + own <= base.budget
+
+    def _give_turn(self) -> None:
+        for _ in range(len(self._turn)):
+            key = self._turn.pop(0)
+            lane = self._lanes[key]
+            if not lane.busy and not lane.waiting:
+                del self._lanes[key]
+                continue
+            self._turn.append(key)
+            if not lane.busy:
+                continue
+            try:
+                lane.turn()
+            except Exception as error:
+                logger.error("a lane failed: %s", type(error).__name__, exc_info=True)
+                lane.fail(ChatError("failed", f"the model failed while it answered ({type(error).__name__})"))
             return
-        request = stream.request
-        room = self._limit - len(stream.prompt)
-        most = min(room, request.max_tokens or min(DEFAULT_TOKENS, room))
-        rows = [
-            Row(stream, choice, request, TextStream(self._tokenizer, request.stop), most, self._tokenizer)
-            for choice in range(request.n)
-        ]
-        batch.join(stream.prompt, rows)
-        self._leave(batch)
-
-    def _leave(self, batch: Batch) -> None:
-        for row in batch.rows:
-            piece = row.take(len(row.owner.prompt))
-            if piece is not None:
-                row.owner.put(piece)
-        gone = [row for row in batch.rows if row.finish is not None or row.owner.cancelled]
-        if gone:
-            for owner in {id(row.owner): row.owner for row in gone}.values():
-                if not any(row.owner is owner and row not in gone for row in batch.rows):
-                    with self._lock:
-                        self._count -= 1
-            batch.keep([i for i, row in enumerate(batch.rows) if row not in gone])
-
-    def _fail(self, key: Key, error: Exception) -> None:
-        told = error if isinstance(error, HoldtrueError) else BusyError("the inference process failed; try again")
-        batch = self._batches.pop(key, None)
-        owners = [row.owner for row in (batch.rows if batch else [])]
-        for stream in {id(each): each for each in (*owners, *self._waiting.pop(key, ()))}.values():
-            stream.put(told)
-            with self._lock:
-                self._count -= 1
-
-    # Adapters
-
-    def _adapted(self, adapter: AdapterRef | None) -> Any:
-        from contextlib import nullcontext
-
-        from holdtrue.models import causal_lm, without_adapter
-
-        if adapter is None:
-            return (
-                _giving(without_adapter(self._peft), self._base) if self._peft is not None else nullcontext(self._base)
-            )
-        self._load(adapter)
-        assert self._peft is not None
-        self._peft.set_adapter(adapter.digest)
-        self._peft.requires_grad_(False)
-        return nullcontext(causal_lm(self._peft))
-
-    def _load(self, adapter: AdapterRef) -> None:
-        from holdtrue.models import load_adapter
-        from holdtrue.models.adapter_files import check_adapter_folder
-
-        if adapter.digest in self._adapters:
-            self._adapters.move_to_end(adapter.digest)
-            return
-        folder = self._fetch(adapter)
-        check_adapter_folder(folder)
-        if self._peft is None:
-            self._peft = load_adapter(self._base, folder, name=adapter.digest)
-        else:
-            self._peft.load_adapter(str(folder), adapter.digest, torch_device=str(self._base.device))
-        self._peft.eval()
-        self._adapters[adapter.digest] = None
-        in_use = {digest for _, digest in self._batches}
-        for digest in list(self._adapters):
-            if len(self._adapters) > MOST_ADAPTERS and digest not in in_use and digest != adapter.digest:
-                self._peft.delete_adapter(digest)
-                del self._adapters[digest]
 
 
-class _giving:  # noqa: N801 (a context manager that is used like a function)
-    """Enter a context and give a value of one's own."""
-
-    def __init__(self, inner: Any, value: Any) -> None:
-        self._inner, self._value = inner, value
-
-    def __enter__(self) -> Any:
-        self._inner.__enter__()
-        return self._value
-
-    def __exit__(self, *found: Any) -> None:
-        self._inner.__exit__(*found)
+def _resolve(future: Future[_Base], load: Callable[[], _Base]) -> None:
+    try:
+        future.set_result(load())
+    except BaseException as error:
+        future.set_exception(error)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    found = getattr(model.generation_config, "eos_token_id", None)
-    ends = {found} if isinstance(found, int) else set(found or ())
-    return frozenset(ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
+def _encode(base: _Base, ticket: Ticket) -> None:
+    request = ticket.request
+    try:
+        ticket.prompt = base.encoder.prompt_ids(request.messages)
+    except DataError as error:
+        raise ChatError("invalid", error.problems[0].message, "messages") from None
+    except StopIteration:  # the text has every character that could stand for a control token in it
+        raise ChatError("invalid", "the text cannot be kept apart from control tokens", "messages") from None
+    room = None if base.limit is None else base.limit - len(ticket.prompt)
+    asked = f"the prompt has {len(ticket.prompt)} tokens"
+    if room is not None and room < 1:
+        raise ChatError("context", f"the model's context is {base.limit} tokens and {asked}", "messages")
+    if room is not None and request.max_tokens is not None and request.max_tokens > room:
+        raise ChatError(
+            "context",
+            f"the model's context is {base.limit} tokens; {asked}, and {request.max_tokens} more were asked for",
+            "max_tokens",
+        )
+    ticket.most = request.max_tokens or min(DEFAULT_TOKENS, room or DEFAULT_TOKENS)
+    if request.n > 1 and request.n * ticket.length * base.token_bytes > base.budget:
+        raise ChatError("invalid", f"{request.n} answers of {ticket.length} tokens need too much memory at once", "n")
+
+
+def _budget(lm: Any) -> int:
+    import torch
+
+    device = lm.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        return CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _CACHE_SHARE)

@@ -1,149 +1,173 @@
-"""What an inference engine is asked and what it answers, whatever runs it. Plain values: no torch here."""
+"""The port of inference: whatever can answer a chat with a base model and an adapter, token by token.
+
+Three implement it: the transformers engine and vLLM in the process that holds the model, and the client in every other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Protocol
-
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from holdtrue.errors import HoldtrueError
 
-MOST_CHOICES = 8
-MOST_STOPS = 4
-MOST_TOP = 20
+if TYPE_CHECKING:
+    from holdtrue.data import Message
+
+TOP = 20
+"""Most candidates that can be asked for beside each token."""
+CHOICES = 16
+"""Most answers to one request."""
+STOPS = 4
+"""Most stop strings."""
+
+Finish = Literal["stop", "length"]
+Fault = Literal["invalid", "context", "adapter", "busy", "failed", "unavailable"]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class AdapterRef(_Value):
-    """An adapter by its immutable name.
-
-    Attributes:
-        digest: ``holdtrue.models.digest.tree_digest`` of its folder; checked before it is loaded.
-        location: its key in the object store.
-    """
-
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    location: str
-
-
-class Turn(_Value):
-    """A message of a conversation."""
-
-    role: str
-    content: str
-
-
-class ChatRequest(_Value):
-    """A conversation to be gone on with.
+class ChatError(HoldtrueError):
+    """A chat that cannot be answered.
 
     Attributes:
-        tenant: whose it is; answers of two tenants are never computed in one batch.
-        base: alias of the base model.
-        adapter: on that base, or ``None`` for the base itself.
-        messages: the conversation.
-        max_tokens: of each answer; ``None`` leaves it to the engine.
-        temperature: 0 takes the likeliest token.
-        top_p: the share of probability that is sampled from, above 0 and up to 1.
-        seed: of the first choice; each later one has a seed of its own, made of it.
-        stop: texts at which an answer ends; they are not part of it.
-        n: answers.
-        top_logprobs: how many likeliest tokens to tell for each token; ``None``: no log-probabilities at all.
+        fault: ``invalid``: the request; ``context``: it is too long for the model; ``adapter``: the adapter is not
+            there, or is not what its digest says; ``busy``: too much is asked at once; ``failed``: the model broke off;
+            ``unavailable``: the inference process cannot be reached.
+        param: the field of the request that it is about.
     """
 
-    tenant: str
-    base: str
-    adapter: AdapterRef | None = None
-    messages: tuple[Turn, ...]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int = 0
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), max_length=MOST_STOPS)
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-
-
-class Likely(_Value):
-    """A token and its log-probability in nats, before temperature."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(Likely):
-    """A token that was written, and the likeliest in its place."""
-
-    top: list[Likely] = Field(default_factory=list)
-
-
-class Piece(_Value):
-    """A part of an answer.
-
-    Attributes:
-        choice: which answer.
-        text: what comes next; may be empty.
-        logprobs: of the tokens since the last piece.
-        finish: ``stop`` or ``length`` with the last piece of a choice.
-        prompt_tokens, completion_tokens: with the last piece of a choice.
-    """
-
-    choice: int
-    text: str = ""
-    logprobs: list[TokenLogprob] = Field(default_factory=list)
-    finish: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class RequestError(HoldtrueError):
-    """A request that cannot be answered as it is; ``param`` names what is wrong with it."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        self.param, self.code = param, code
+    def __init__(self, fault: Fault, message: str, param: str | None = None) -> None:
+        self.fault: Fault = fault
+        self.param = param
         super().__init__(message)
 
 
-class BusyError(HoldtrueError):
-    """There is no room for another request now."""
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter: its content by ``digest`` (:func:`holdtrue.models.digest.tree_digest`), and where it lies.
+
+    ``location`` is a key of the object store in a service, a folder elsewhere. The digest is what counts: whatever lies
+    at the location is loaded only if it has that digest.
+    """
+
+    digest: str
+    location: str
 
 
-class Engine(Protocol):
-    """Answers requests."""
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A chat to be answered.
 
-    def submit(self, request: ChatRequest) -> Stream:
-        """Take a request.
+    Attributes:
+        base: the base model, by the name that :func:`holdtrue.models.resolve` takes.
+        adapter: what is put on it; ``None`` asks the base model itself.
+        messages: the conversation.
+        tenant: whoever asks; no two of them ever share a batch.
+        revision: what the base model must be (``ModelSource.revision``); ``None`` takes the one that is there.
+        max_tokens: longest answer in tokens, its end included; ``None`` leaves it to the engine.
+        temperature: 0 takes the likeliest token each time; up to 2.
+        top_p: only the likeliest tokens that together have this probability are drawn from; 0 to 1.
+        seed: the same one gives the same answer; ``None`` draws one.
+        stop: texts at which an answer ends; they are not part of it.
+        n: answers to give.
+        logprobs: whether each token comes with its log-probability under the model, before temperature and top_p.
+        top_logprobs: how many of the likeliest tokens come with it.
+    """
+
+    base: str
+    adapter: AdapterRef | None
+    messages: tuple[Message, ...]
+    tenant: str = ""
+    revision: str | None = None
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    def check(self) -> None:
+        """Raise ``ChatError`` for a value out of its range."""
+        wrong = next((name for name, fine in self._rules() if not fine), None)
+        if wrong is not None:
+            raise ChatError("invalid", f"{wrong} is out of its range", wrong)
+
+    def _rules(self) -> list[tuple[str, bool]]:
+        return [
+            ("messages", bool(self.messages)),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1),
+            ("temperature", 0 <= self.temperature <= 2),
+            ("top_p", 0 <= self.top_p <= 1),
+            ("stop", len(self.stop) <= STOPS and all(self.stop)),
+            ("n", 1 <= self.n <= CHOICES),
+            ("top_logprobs", 0 <= self.top_logprobs <= TOP),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that could come: the bytes that it stands for, and its log-probability in nats."""
+
+    token_id: int
+    bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token that came, and the likeliest ones in its place."""
+
+    token_id: int
+    bytes: bytes
+    logprob: float
+    top: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first event of a chat: what answers it, and the tokens of its prompt.
+
+    ``revision`` pins the base model's weights; ``digest`` is that of the adapter that was loaded, ``None`` without one.
+    """
+
+    prompt_tokens: int
+    revision: str
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new in one of the answers.
+
+    Attributes:
+        choice: which answer, from 0.
+        text: what it goes on with; whole characters, without any part of a stop string.
+        tokens: those that the text consists of, where log-probabilities were asked for.
+        generated: tokens so far, its end and those of a stop string included.
+        finish: why it ended; ``None`` while it goes on.
+    """
+
+    choice: int
+    text: str
+    generated: int
+    tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+
+
+Event = Started | Delta
+
+
+class Inference(Protocol):
+    """Answers chats."""
+
+    def chat(self, request: ChatRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """Return the events of an answer: ``Started``, then ``Delta`` until each choice has finished.
+
+        Leaving the context ends the work on it, whether it is done or not.
 
         Raises:
-            RequestError: the conversation does not fit the model.
-            BusyError: too many wait already.
+            ChatError: before ``Started`` or between two events.
         """
         ...
-
-    def close(self) -> None:
-        """Stop."""
-
-
-class Stream(Protocol):
-    """The pieces of one request, as they come."""
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Yield pieces; ends after the last choice's end."""
-        ...
-
-    def cancel(self) -> None:
-        """Say that nobody reads any more."""
-
-
-def error_body(error: HoldtrueError) -> dict[str, Any]:
-    """Return an error as the inference process sends it."""
-    return {
-        "error": str(error),
-        "param": getattr(error, "param", None),
-        "code": getattr(error, "code", None),
-        "kind": "request" if isinstance(error, RequestError) else "busy" if isinstance(error, BusyError) else "other",
-    }

@@ -1,141 +1,139 @@
-"""The inference process: an engine behind HTTP on the loopback address, for whoever knows the secret."""
+"""The inference process: the port over HTTP, for those on this machine who know the secret."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
-import shutil
-import threading
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
+from ipaddress import ip_address
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-import anyio
-import structlog
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from holdtrue.errors import HoldtrueError, SpecError
-from holdtrue.serving.port import AdapterRef, BusyError, ChatRequest, Engine, RequestError, error_body
+from holdtrue.errors import SpecError
+from holdtrue.serving.adapters import Fetch
+from holdtrue.serving.port import ChatError, Event, Inference
+from holdtrue.serving.streaming import LiveResponse
+from holdtrue.serving.wire import event_to_json, request_from_json
 
-SECRET = "x-holdtrue-secret"
-log = structlog.get_logger()
-
-
-class Engines:
-    """An engine for each base model, made when it is first asked for."""
-
-    def __init__(self, home: Path, store: Any) -> None:
-        self._folder, self._store = home / "adapters", store
-        self._engines: dict[str, Engine] = {}
-        self._lock = threading.Lock()
-
-    def of(self, base: str) -> Engine:
-        """Return the engine of a base model."""
-        with self._lock:
-            if base not in self._engines:
-                from holdtrue.models import load_model, load_tokenizer, resolve
-                from holdtrue.serving.engine import TransformersEngine
-
-                source = resolve(base)
-                self._engines[base] = TransformersEngine(load_model(source), load_tokenizer(source), self.fetch)
-            return self._engines[base]
-
-    def fetch(self, adapter: AdapterRef) -> Path:
-        """Return a local folder with an adapter, whose content is what its digest says."""
-        from holdtrue.models.digest import tree_digest
-
-        folder = self._folder / adapter.digest
-        if folder.is_dir() and tree_digest(folder) == adapter.digest:
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._store.fetch_tree(adapter.location, folder, adapter.digest)
-        return folder
-
-    def close(self) -> None:
-        """Stop all engines."""
-        for engine in self._engines.values():
-            engine.close()
+BEAT = 5.0
+"""Seconds of silence after which an empty line is sent: it shows that this side lives, and whether the other does."""
+_GRACE = 20
 
 
-def create_app(engines: Engines, secret: str) -> FastAPI:
-    """Build the application; every route but ``/healthz`` wants the secret."""
-    if not secret:
-        raise SpecError("the inference process needs a secret: set HOLDTRUE_INFERENCE_SECRET for it and for the API")
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+class ServerSettings(Protocol):
+    """What the process needs to know of a service's settings."""
 
-    @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.post("/chat")
-    async def chat(request: Request) -> Response:
-        if not hmac.compare_digest(request.headers.get(SECRET, "").encode(), secret.encode()):
-            return JSONResponse({"error": "the secret is wrong", "kind": "other"}, 403)
-        try:
-            asked = ChatRequest.model_validate_json(await request.body())
-            stream = await anyio.to_thread.run_sync(lambda: engines.of(asked.base).submit(asked))
-        except ValidationError as error:
-            return JSONResponse(error_body(RequestError(str(error))), 400)
-        except RequestError as error:
-            return JSONResponse(error_body(error), 400)
-        except BusyError as error:
-            return JSONResponse(error_body(error), 503)
-        except HoldtrueError as error:
-            log.exception("cannot answer", base=asked.base)
-            return JSONResponse(error_body(BusyError(f"{type(error).__name__}: the model cannot be loaded")), 503)
-        return StreamingResponse(_lines(stream), media_type="application/x-ndjson")
-
-    return app
+    @property
+    def inference_url(self) -> str: ...
+    @property
+    def inference_secret(self) -> SecretStr: ...
+    @property
+    def threads(self) -> int: ...
 
 
-async def _lines(stream: Any) -> AsyncIterator[bytes]:
-    pieces: Iterator[Any] = iter(stream)
-    try:
-        while True:
-            try:
-                piece = await anyio.to_thread.run_sync(next, pieces, None, abandon_on_cancel=True)
-            except HoldtrueError as error:
-                yield json.dumps(error_body(error)).encode() + b"\n"
-                return
-            if piece is None:
-                return
-            yield piece.model_dump_json().encode() + b"\n"
-    finally:
-        stream.cancel()
-
-
-def run(home: Path, url: str, secret: str, store: Any, threads: int = 0) -> None:
-    """Serve until told to stop.
+def run(settings: ServerSettings, fetch: Fetch) -> None:
+    """Serve until SIGTERM or SIGINT.
 
     Args:
-        home: adapters are kept in ``adapters`` below it.
-        url: where to listen, such as ``http://127.0.0.1:8001``.
-        secret: that clients show.
-        store: has ``fetch_tree(key, folder, digest)``.
-        threads: of torch; 0 leaves its default.
+        settings: of the service.
+        fetch: gets an adapter's folder from its location.
+
+    Raises:
+        SpecError: no secret, or an address that others can reach.
     """
     import uvicorn
 
-    place = urlsplit(url)
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    engines = Engines(home, store)
-    config = uvicorn.Config(
-        create_app(engines, secret),
-        host=place.hostname or "127.0.0.1",
-        port=place.port or 8001,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=20,
-    )
+    where = urlsplit(settings.inference_url)
+    host = where.hostname or ""
+    if where.scheme != "http" or not _is_loopback(host) or not where.port:
+        raise SpecError(
+            f"inference_url {settings.inference_url!r} must be http://127.0.0.1:PORT: prompts cross it in clear, so "
+            "the inference process runs on the machine of the API"
+        )
+    secret = settings.inference_secret.get_secret_value()
+    if not secret:
+        raise SpecError("set HOLDTRUE_INFERENCE_SECRET to the same random text here and for the API")
+    engine = make_engine(settings, fetch)
     try:
+        config = uvicorn.Config(
+            create_app(engine, secret),
+            host=host,
+            port=where.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=_GRACE,
+        )
         uvicorn.Server(config).run()
     finally:
-        engines.close()
+        engine.close()
+
+
+def make_engine(settings: ServerSettings, fetch: Fetch) -> Any:
+    """Return the engine that the settings name."""
+    from holdtrue.serving.engine import TransformersEngine
+
+    return TransformersEngine(fetch, threads=settings.threads)
+
+
+def create_app(engine: Inference, secret: str) -> Starlette:
+    """Return the application: ``POST /chat`` streams an answer's events, a line of JSON each; ``GET /healthz``."""
+    expected = f"Bearer {secret}".encode()
+
+    async def chat(request: Request) -> Response:
+        given = request.headers.get("authorization", "").encode()
+        if not secret or not hmac.compare_digest(given, expected):
+            return JSONResponse({"error": "not allowed"}, 401)
+        lines = _lines(engine, await request.json())
+        return LiveResponse(lines, "application/x-ndjson")
+
+    async def healthz(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    return Starlette(routes=[Route("/chat", chat, methods=["POST"]), Route("/healthz", healthz)])
+
+
+async def _lines(engine: Inference, body: Any) -> AsyncGenerator[str, None]:
+    """Yield an answer's lines. When the other side goes away this is closed, and the engine told."""
+    try:
+        async with engine.chat(request_from_json(body)) as events:
+            async for event in _with_beats(events):
+                yield "\n" if event is None else json.dumps(event_to_json(event)) + "\n"
+        yield '"end"\n'
+    except ChatError as error:
+        yield json.dumps(event_to_json(error)) + "\n"
+
+
+async def _with_beats(events: AsyncIterator[Event]) -> AsyncIterator[Event | None]:
+    waiting: asyncio.Task[Event] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+            done, _ = await asyncio.wait({waiting}, timeout=BEAT)
+            if not done:
+                yield None
+                continue
+            try:
+                event = waiting.result()
+            except StopAsyncIteration:
+                return
+            waiting = None
+            yield event
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

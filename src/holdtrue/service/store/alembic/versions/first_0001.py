@@ -251,8 +251,8 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("gate_decisions", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_gate_decisions_job_id"), ["job_id"], unique=False)
-        batch_op.create_index(batch_op.f("ix_gate_decisions_override_at"), ["override_at"], unique=False)
         batch_op.create_index("ix_gate_decisions_open", ["action", "override", "created_at"], unique=False)
+        batch_op.create_index(batch_op.f("ix_gate_decisions_override_at"), ["override_at"], unique=False)
 
     op.create_table(
         "job_checkpoints",
@@ -385,8 +385,8 @@ def downgrade() -> None:
 
     op.drop_table("job_checkpoints")
     with op.batch_alter_table("gate_decisions", schema=None) as batch_op:
-        batch_op.drop_index("ix_gate_decisions_open")
         batch_op.drop_index(batch_op.f("ix_gate_decisions_override_at"))
+        batch_op.drop_index("ix_gate_decisions_open")
         batch_op.drop_index(batch_op.f("ix_gate_decisions_job_id"))
 
     op.drop_table("gate_decisions")
