@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, select, text
+from sqlalchemy.exc import IntegrityError
 
 from holdtrue.errors import RunError
 from holdtrue.service import clock, ids, tenancy
@@ -44,7 +48,23 @@ def test_many_upgrade_at_once(empty_db):
     assert tables(empty_db) == set(Base.metadata.tables)
 
 
-def test_an_upgrade_keeps_a_job_in_flight_and_its_holder(db):
+def test_several_processes_upgrade_a_new_database_at_once(empty_db):
+    code = """
+import sys
+from holdtrue.service.store import migrations
+from holdtrue.service.store.database import Database
+migrations.upgrade(Database(sys.argv[1]))
+"""
+    url = empty_db.url.render_as_string(hide_password=False)
+    started = [subprocess.Popen([sys.executable, "-c", code, url], stderr=subprocess.PIPE) for _ in range(4)]
+    for process in started:
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told.decode()
+    migrations.check(empty_db)
+
+
+def lease_a_job(db) -> leases.Lease:
+    """Make a job that a worker holds."""
     with db.write() as session:
         now = clock.now()
         organization = tenancy.create_organization(session, "a", "a", now=now)
@@ -63,16 +83,110 @@ def test_an_upgrade_keeps_a_job_in_flight_and_its_holder(db):
         job = lifecycle.create(
             session, project_id=project.id, organization_id=organization.id, created_by="x", model="b", base_model="b",
             parent_model_id=None, training_file="file-x", validation_file=None, suffix=None, seed=1, hyperparameters={},
-            integrations=None, policy_id=policy.id,
+            integrations=None, policy_id=policy.id, metadata={"k": "v"},
         )  # fmt: skip
         lifecycle.move(session, job, "queued", "queued")
-    lease = leases.take(db, "w", 60)
+    lease = leases.take(db, "w", 600)
     assert lease is not None
+    return lease
+
+
+def rows(db) -> dict[str, list[tuple]]:
+    """Return every row of every table of today's schema."""
+    with db.read() as session:
+        return {
+            name: sorted(tuple(map(str, row)) for row in session.execute(select(table)))
+            for name, table in Base.metadata.tables.items()
+        }
+
+
+def test_an_upgrade_keeps_a_job_in_flight_and_its_holder(db):
+    lease = lease_a_job(db)
+    before = rows(db)
     migrations.upgrade(db)
+    assert rows(db) == before
     assert lease.renew() == "run"
     with db.read() as session:
         assert session.scalars(select(Job.status)).one() == "running"
         assert len(session.scalars(select(JobEvent.id)).all()) == 4
+
+
+NEXT = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "next", "0001", None, None
+
+def upgrade():
+    with op.batch_alter_table("jobs") as table:
+        table.add_column(sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
+        table.alter_column("suffix", existing_type=sa.String(64), type_=sa.String(100))
+        table.create_check_constraint("priority", "priority >= 0")
+    op.execute("UPDATE jobs SET priority = 5")
+    # after
+
+def downgrade():
+    with op.batch_alter_table("jobs") as table:
+        table.drop_constraint("priority", type_="check")
+        table.alter_column("suffix", existing_type=sa.String(100), type_=sa.String(64))
+        table.drop_column("priority")
+"""
+
+
+@pytest.fixture
+def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that puts a later revision beside those of today."""
+    folder = tmp_path / "later"
+    folder.mkdir()
+    plain = migrations._config
+
+    def config():
+        found = plain()
+        shipped = Path(migrations.__file__).parent / "alembic" / "versions"
+        found.set_main_option("version_locations", f"{shipped}:{folder}")
+        found.set_main_option("path_separator", ":")
+        return found
+
+    monkeypatch.setattr(migrations, "_config", config)
+    return (folder / "next.py").write_text
+
+
+def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, later):
+    lease = lease_a_job(db)
+    before = rows(db)
+    later(NEXT)
+    with pytest.raises(RunError, match="revision 0001"):
+        migrations.check(db)
+    migrations.upgrade(db)
+    migrations.check(db)
+    assert rows(db) == before
+    with db.read() as session:
+        assert session.scalars(text("SELECT priority FROM jobs")).all() == [5]
+    assert lease.renew() == "run"
+    before = rows(db)
+    migrations.downgrade(db, "0001")
+    assert rows(db) == before
+    assert lease.renew() == "run"
+    with db.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+    with pytest.raises(IntegrityError), db.write() as session:  # rules were kept as well
+        session.execute(text("UPDATE jobs SET status = 'dancing'"))
+
+
+@pytest.mark.parametrize("fault", ["raise ValueError", "op.execute('DELETE FROM projects')"])
+def test_a_migration_that_fails_changes_nothing(db, later, fault):
+    lease = lease_a_job(db)
+    before = rows(db)
+    later(NEXT.replace("# after", fault))
+    with pytest.raises((ValueError, RunError, IntegrityError)):
+        migrations.upgrade(db)
+    assert migrations.current(db) == "0001"
+    assert rows(db) == before
+    assert "priority" not in {column["name"] for column in inspect(db.engine).get_columns("jobs")}
+    assert lease.renew() == "run"
+    with pytest.raises(IntegrityError), db.write() as session:  # foreign keys are checked again
+        session.execute(text("DELETE FROM projects"))
 
 
 def test_down_to_nothing_and_up_again(db):
@@ -85,5 +199,12 @@ def test_down_to_nothing_and_up_again(db):
 def test_a_database_of_the_future_is_left_alone(db):
     with db.engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(RunError, match="9999"):
-        migrations.upgrade(db)
+    for act in (migrations.upgrade, migrations.check, lambda db: migrations.downgrade(db, "base")):
+        with pytest.raises(RunError, match="9999"):
+            act(db)
+
+
+def test_a_database_without_tables_is_told_from_an_old_one(empty_db):
+    assert migrations.current(empty_db) is None
+    with pytest.raises(RunError, match="no tables"):
+        migrations.check(empty_db)

@@ -23,21 +23,22 @@ def upgrade(db: Database, revision: str = "head") -> None:
     """Bring the schema up to a revision; any number of processes may call this at once.
 
     Raises:
-        RunError: the database was made by a later version of holdtrue.
+        RunError: the database was made by a later version of holdtrue, or rows contradict each other afterwards; then
+            nothing has changed.
     """
     with _connection(db) as (connection, config):
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        now = MigrationContext.configure(connection).get_current_revision()
-        if now is not None and now not in known:
-            raise RunError(
-                f"the database is at revision {now}, which this version of holdtrue does not know: update it"
-            )
+        _check_known(connection, config)
         command.upgrade(config, revision)
 
 
 def downgrade(db: Database, revision: str) -> None:
-    """Take the schema back to a revision (``base``: nothing); what has no place there is lost."""
-    with _connection(db) as (_, config):
+    """Take the schema back to a revision (``base``: nothing); what has no place there is lost.
+
+    Raises:
+        RunError: as :func:`upgrade`.
+    """
+    with _connection(db) as (connection, config):
+        _check_known(connection, config)
         command.downgrade(config, revision)
 
 
@@ -54,9 +55,25 @@ def head() -> str:
     return found
 
 
+def check(db: Database) -> None:
+    """Refuse a database whose schema is not the one that this version of holdtrue works with (``RunError``)."""
+    found = current(db)
+    if found != head():
+        at = "has no tables of holdtrue yet" if found is None else f"is at revision {found}, not {head()}"
+        raise RunError(f"the database {at}; `holdtrue serve` of this version brings an earlier one up to it")
+
+
+def _check_known(connection: Connection, config: Config) -> None:
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    now = MigrationContext.configure(connection).get_current_revision()
+    if now is not None and now not in known:
+        raise RunError(f"the database is at revision {now}, which this version of holdtrue does not know: update it")
+
+
 def _config() -> Config:
     config = Config()
-    config.set_main_option("script_location", str(files("holdtrue.service.store").joinpath("alembic")))
+    place = str(files("holdtrue.service.store").joinpath("alembic"))
+    config.set_main_option("script_location", place.replace("%", "%%"))
     return config
 
 
@@ -64,8 +81,35 @@ def _config() -> Config:
 def _connection(db: Database) -> Iterator[tuple[Connection, Config]]:
     """One transaction: a migration that fails leaves the schema as it was."""
     config = _config()
-    with db.engine.connect().execution_options(holdtrue_write=True) as connection, connection.begin():
+    with (
+        db.engine.connect().execution_options(holdtrue_write=True) as connection,
+        _links_unchecked(connection),
+        connection.begin(),
+    ):
         if not db.is_sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         config.attributes["connection"] = connection
         yield connection, config
+        if db.is_sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").first()):
+            raise RunError(
+                f"a row of {broken[0]} would name a row of {broken[2]} that is not there; nothing has changed"
+            )
+
+
+@contextlib.contextmanager
+def _links_unchecked(connection: Connection) -> Iterator[None]:
+    """Let SQLite make a table anew, which is how it changes one, while others refer to it.
+
+    Its check of foreign keys would count the old table's end as the end of its rows, and can be put off only outside of
+    a transaction.
+    """
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    raw = connection.connection.driver_connection
+    assert raw is not None
+    raw.execute("PRAGMA foreign_keys = OFF")
+    try:
+        yield
+    finally:
+        raw.execute("PRAGMA foreign_keys = ON")
