@@ -140,3 +140,14 @@ def test_tokens_of_a_day(db: Database):
             quotas.check_tokens(session, project, limits, now=noon)
         assert caught.value.retry_after == 43_200
         quotas.check_tokens(session, project, limits, now=noon + 43_200)
+
+
+def test_a_project_is_erased_only_when_told_twice(db: Database, run: Any):
+    tenancy.bootstrap(db)
+    project = run("projects", "list")[0]["id"]
+    assert "--yes" in run("projects", "erase", project, code=2)["error"]["message"]
+    assert run("keys", "list")[0]["revoked_at"] is None
+    assert run("projects", "erase", project, "--yes")["files"] == 0
+    assert run("keys", "list")[0]["revoked_at"] is not None
+    assert run("audit", "list")[0]["action"] == "project.erase"
+    run("projects", "erase", "proj-none", "--yes", code=2)

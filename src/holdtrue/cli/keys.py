@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from holdtrue.cli.output import Result
-from holdtrue.cli.serve import DatabaseUrl, Home, settings_with
+from holdtrue.cli.serve import BlobUrl, DatabaseUrl, Home, settings_with
 from holdtrue.errors import RunError, SpecError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ ACTOR = "command line"
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 keys = typer.Typer(help="Make, list, rotate and revoke API keys.", no_args_is_help=True)
 organizations = typer.Typer(help="Make and list organizations.", no_args_is_help=True)
-projects = typer.Typer(help="Make and list projects, and set their limits.", no_args_is_help=True)
+projects = typer.Typer(help="Make and list projects, set their limits, erase them.", no_args_is_help=True)
 audit = typer.Typer(help="Read and check the audit log.", no_args_is_help=True)
 
 
@@ -284,6 +284,36 @@ def project_limits(
         row.limits = values
         log.add(session, ACTOR, "project.limits", row.id, now=clock.now(), detail={"limits": values})
         return table([_project_values(row)], ("id", "name", "limits"))
+
+
+@projects.command("erase")
+def erase_project(
+    project: Annotated[str, typer.Argument(help="The project's id.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, nothing is erased.")] = False,
+    home: Home = None,
+    database_url: DatabaseUrl = None,
+    blob_url: BlobUrl = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Erase all that a project brought or had made, for good, and revoke its keys."""
+    from holdtrue.service import clock
+    from holdtrue.service.store.blobs import Blobs
+    from holdtrue.service.store.database import Database
+    from holdtrue.service.store.erasure import erase_project as erase
+
+    if not yes:
+        raise SpecError(f"everything of {project} would go for good: files, models, jobs' texts; say --yes to do it")
+    with opened(home, database_url):
+        pass  # there is a service
+    settings = settings_with(home=home, database_url=database_url, blob_url=blob_url)
+    db = Database(settings.database)
+    with contextlib.closing(db):
+        erased = erase(db, Blobs(settings.blobs), project, clock.now(), actor=ACTOR)
+
+    def show(console: Console) -> None:
+        console.print(", ".join(f"{count} {name}" for name, count in erased._asdict().items()) + " erased")
+
+    return Result({"project": project, **erased._asdict()}, show)
 
 
 @audit.command("list")

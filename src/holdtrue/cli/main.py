@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from holdtrue.cli import (
+    backup,
     bench,
     chat,
     demo,
@@ -65,6 +66,8 @@ app.add_typer(keys.keys, name="keys")
 app.add_typer(keys.organizations, name="organizations")
 app.add_typer(keys.projects, name="projects")
 app.add_typer(keys.audit, name="audit")
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 
 
 def _version(value: bool) -> None:

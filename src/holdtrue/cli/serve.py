@@ -21,6 +21,10 @@ DatabaseUrl = Annotated[
     str | None,
     typer.Option(help="SQLAlchemy URL of the database [default: SQLite in the folder].", show_default=False),
 ]
+BlobUrl = Annotated[
+    str | None,
+    typer.Option(help="fsspec URL of the object store [default: a folder in the folder].", show_default=False),
+]
 
 
 def settings_with(**options: Any) -> ServiceSettings:
@@ -43,10 +47,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="0 takes a free one [default: 8000].", show_default=False)] = None,
     role: Annotated[str, typer.Option(help="all, api, dispatcher, worker or inference.")] = "all",
     database_url: DatabaseUrl = None,
-    blob_url: Annotated[
-        str | None,
-        typer.Option(help="fsspec URL of the object store [default: a folder in the folder].", show_default=False),
-    ] = None,
+    blob_url: BlobUrl = None,
     behind_tls: Annotated[
         bool, typer.Option("--behind-tls", help="A proxy with TLS is in front: listen beyond this machine.")
     ] = False,

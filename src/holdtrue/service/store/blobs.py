@@ -147,6 +147,18 @@ class Blobs:
         with self.open(key) as source:
             return to._put(key, source).sha256
 
+    def digest(self, key: str) -> str:
+        """Return the SHA-256 of what a key holds, or a folder's digest; ``BlobError`` where there is none."""
+        if key.startswith("t-"):
+            with tempfile.TemporaryDirectory(prefix="holdtrue-") as place:
+                self.fetch_tree(key, Path(place, "tree"))
+                return tree_digest(Path(place, "tree"))
+        digest = hashlib.sha256()
+        with self.open(key) as source:
+            while chunk := source.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
     def exists(self, key: str) -> bool:
         """Say whether a key holds something; what is no key of ours does not."""
         if _KEY.fullmatch(key) is None:
