@@ -7,27 +7,30 @@ import hashlib
 import json
 import resource
 import shutil
+import sqlite3
 import stat
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 
 from holdtrue.cli.main import main
 from holdtrue.errors import RunError, SpecError
 from holdtrue.service import audit, clock
 from holdtrue.service.evidence import signing
 from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store import backup as store
 from holdtrue.service.store import migrations, retention
 from holdtrue.service.store.backup import Manifest, backup, restore
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.named import named
-from holdtrue.service.store.schema import AuditEntry, File, Receipt
+from holdtrue.service.store.schema import AuditEntry, Base, File, Receipt
 from house import House, build_house
 
 
@@ -137,6 +140,23 @@ def test_a_copy_made_while_others_write_is_of_one_moment(house, tmp_path):
                     assert hashlib.sha256(stream.read()).hexdigest() == row.sha256
 
 
+def test_writers_wait_while_the_database_is_copied(house, tmp_path, monkeypatch):
+    copy_database, waited = store._copy_database, []
+
+    def look(source: Path, target: Path) -> None:
+        with contextlib.closing(sqlite3.connect(source, timeout=0)) as other:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+            assert other.execute("SELECT count(*) FROM projects").fetchone() == (1,)  # readers do not
+        waited.append(source)
+        copy_database(source, target)
+
+    monkeypatch.setattr(store, "_copy_database", look)
+    save(house, tmp_path / "copy")
+    assert len(waited) == 1
+    house.file()
+
+
 def test_an_empty_folder_that_is_there_is_filled(house, tmp_path):
     house.file()
     to, home = tmp_path / "copy", tmp_path / "again"
@@ -153,18 +173,18 @@ def test_content_goes_to_the_object_store_that_the_settings_name(house, tmp_path
     house.file()
     kept = house.file(b"kept")
     save(house, tmp_path / "copy")
-    store = tmp_path / "store"
-    bring(tmp_path / "one", tmp_path / "copy", blob_url=f"file://{store}")
-    before = {path: path.stat().st_mtime_ns for path in store.rglob("b-*")}
+    place = tmp_path / "store"
+    bring(tmp_path / "one", tmp_path / "copy", blob_url=f"file://{place}")
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("b-*")}
     assert len(before) == 2
-    bring(tmp_path / "two", tmp_path / "copy", blob_url=f"file://{store}")  # what is there is not written again
-    assert {path: path.stat().st_mtime_ns for path in store.rglob("b-*")} == before
+    bring(tmp_path / "two", tmp_path / "copy", blob_url=f"file://{place}")  # what is there is not written again
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("b-*")} == before
     with house.db.read() as session:
         key = session.scalars(select(File.blob).where(File.id == kept)).one()
-    (path,) = store.rglob(str(key))
+    (path,) = place.rglob(str(key))
     path.write_bytes(b"other")
     with pytest.raises(RunError, match="object store is damaged"):
-        bring(tmp_path / "three", tmp_path / "copy", blob_url=f"file://{store}")
+        bring(tmp_path / "three", tmp_path / "copy", blob_url=f"file://{place}")
     assert path.read_bytes() == b"other"
     assert not (tmp_path / "three").exists()
 
@@ -252,3 +272,45 @@ def test_postgresql_is_told_its_own_commands(house, tmp_path, url):
     with pytest.raises(SpecError, match=r"pg_restore .* --dbname=postgresql://me@db.example:5433/tuning service.dump"):
         restore(settings, tmp_path / "copy", now=0, actor="me")
     assert not settings.home.exists()
+
+
+def test_postgresqls_own_commands_bring_everything_back(postgres, postgres_url, tmp_path, tiny_dir):
+    if not (postgres.bin / "pg_dump").exists():
+        pytest.skip("pg_dump is not installed")
+    db = Database(postgres_url)
+    migrations.upgrade(db)
+    house = build_house(db, tmp_path, tiny_dir)
+    house.job()
+    _run(postgres.bin, lambda: save(house, tmp_path), tmp_path)
+    rows = _rows(db)
+    with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("CREATE DATABASE again"))
+    other = house.settings.model_copy(update={"database_url": postgres.url + "again", "home": tmp_path / "again"})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "manifest.json").write_text(
+        Manifest(
+            holdtrue="", made_at=0, revision="", database="", audit_entries=0, audit_head="", content={}
+        ).model_dump_json()
+    )
+    _run(postgres.bin, lambda: restore(other, tmp_path / "empty", now=0, actor="me"), tmp_path)
+    again = Database(other.database)
+    migrations.check(again)
+    assert _rows(again) == rows
+    again.close()
+    db.close()
+
+
+def _run(programs: Path, refused: Callable[[], Any], folder: Path) -> None:
+    """Run the command that a refusal names."""
+    with pytest.raises(SpecError) as told:
+        refused()
+    command = next(line.strip() for line in str(told.value).splitlines() if line.startswith("  pg_"))
+    subprocess.run(f"{programs}/{command}", shell=True, check=True, cwd=folder)
+
+
+def _rows(db: Database) -> dict[str, list[str]]:
+    with db.read() as session:
+        return {
+            name: sorted(str(tuple(row)) for row in session.execute(select(table)))
+            for name, table in Base.metadata.tables.items()
+        }
