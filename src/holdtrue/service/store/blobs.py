@@ -174,7 +174,9 @@ class Blobs:
                 # The list goes first: a deletion that is cut short leaves no folder that counts.
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(f"{path}.list")
-                self._fs.rm(path, recursive=True)
+                for name in self._fs.find(path):
+                    self._fs.rm_file(name)
+                self._fs.rm(path, recursive=True)  # where folders are more than a part of names
             else:
                 self._fs.rm_file(path)
 
@@ -265,13 +267,15 @@ class Blobs:
             file = self._fs.open(path, "wb")
             try:
                 yield file
+                file.close()
             except BaseException:
                 with contextlib.suppress(Exception):
                     file.discard()
                 with contextlib.suppress(Exception):
+                    file.closed = True  # else it writes what it has when it is forgotten
+                with contextlib.suppress(Exception):
                     self._fs.rm_file(path)
                 raise
-            file.close()
             return
         draft, target = Path(self._root, _INCOMING, secrets.token_hex(16)), Path(path)
         try:
