@@ -283,11 +283,19 @@ class Blobs:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             draft.replace(target)
             sync_folder(target.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, on the disk."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 class _Listing(NamedTuple):
