@@ -28,6 +28,8 @@ from holdtrue.service.store.schema import File, Job, Policy
 log = structlog.get_logger()
 IDLE_SECONDS = 0.5
 SWEEP_SECONDS = 60.0
+ORPHAN_SECONDS = 4 * 3600.0
+"""Between two looks through the whole object store, which takes a list of all of it."""
 _SHOWN = 10
 
 
@@ -52,6 +54,7 @@ class Dispatcher:
         self._settings = settings
         self._db = db or Database(settings.database)
         self._blobs = blobs or Blobs(settings.blobs)
+        self._looked = float("-inf")
 
     def run(self, stop: threading.Event) -> None:
         """Work until told to stop; what fails unforeseen is logged and tried again."""
@@ -70,7 +73,10 @@ class Dispatcher:
 
     def sweep(self) -> None:
         """Remove what has expired."""
-        found = retention.sweep(self._db, self._blobs, clock.now(), self._settings)
+        now = clock.now()
+        due = now - self._looked >= ORPHAN_SECONDS
+        found = retention.sweep(self._db, self._blobs, now, self._settings, orphans=due)
+        self._looked = now if due else self._looked
         if any(found):
             log.info("removed what had expired", **found._asdict())
 

@@ -102,6 +102,7 @@ def publish(
     stored = {judged.step: blobs.put_tree(judged.run.adapter) for judged in (final, *checkpoints)}
     text = None if action == "retrain" else result_csv(final.run)
     result = None if text is None else blobs.put(io.BytesIO(text), limit=RESULT_BYTES)
+    past: list[str] = []
     with lease.write() as (session, job):
         _decide(session, job, final, *stored[0], action)
         events.add(
@@ -134,8 +135,11 @@ def publish(
                 _model(session, job, judged, *stored[judged.step], name, own, signer)
         job.result_file = _result_file(session, job, result)
         for state in session.scalars(select(JobState).where(JobState.job_id == job.id)):
-            session.delete(state)  # the blobs go with the next sweep
+            past += [key for key in (state.rows, state.rest) if key is not None]
+            session.delete(state)
         _end(session, job, name, final.gate, action)
+    for key in past:
+        blobs.delete(key)
     return action
 
 

@@ -198,7 +198,8 @@ class Worker:
         parent = None
         if plan.parent is not None:
             parent = folder / "parent"
-            self._blobs.fetch_tree(plan.parent[0], parent)
+            key, digest = plan.parent
+            self._blobs.fetch_tree(key, parent, digest)
         return JobRequest(
             training=paths["train"],
             validation=paths.get("validation"),
