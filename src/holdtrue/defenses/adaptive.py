@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from holdtrue.defenses.base import Defense, Needs, RunContext
 from holdtrue.defenses.dual_ascent import Dual, DualAscent
 from holdtrue.defenses.runtime import Runtime, StartContext
 from holdtrue.errors import NeedError, RunError
+from holdtrue.models.digest import file_digest
 
 
 class Adaptive(Defense):
@@ -90,7 +90,7 @@ class Adaptive(Defense):
     def _digest(self, folder: Path) -> str:
         path = resolve_data(self.probe, folder)
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return file_digest(path)
         except OSError as error:
             raise NeedError(f"adaptive needs the probe file {path}: {error.strerror}") from error
 

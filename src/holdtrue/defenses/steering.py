@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from holdtrue.defenses.base import Defense, RunContext
 from holdtrue.errors import NeedError
+from holdtrue.models.digest import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Steering(Defense):
             mode=self.mode,
             layers=list(chosen),
             norms=norms,
-            sha256=_sha256(file.path),
+            sha256=file_digest(file.path),
             vector=file.info.model_dump(mode="json"),
         )
 
@@ -85,7 +85,7 @@ class Steering(Defense):
         if not self.acts:
             return
         path = self._stamp(Path())[0]
-        was, now = notes.get("sha256"), _sha256(Path(path))
+        was, now = notes.get("sha256"), file_digest(Path(path))
         if was != now:
             raise NeedError(
                 f"{path} has changed since this run was prepared with it (sha256 {was}, now {now}): put the file back, "
@@ -193,11 +193,6 @@ def orthonormal(directions: Tensor) -> Tensor:
         return directions.double()
     _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
     return rows[(sizes > 1e-6 * sizes[0]) & (sizes > 0)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hook(change: Callable[[Tensor], Tensor]) -> Any:

@@ -13,6 +13,7 @@ from holdtrue.errors import DataError, Problem, SpecError
 from holdtrue.evaluation import Material, suite_of
 from holdtrue.evaluation.prompts import Prompt
 from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec, identity
+from holdtrue.models.digest import file_digest
 from holdtrue.runs.directory import Run
 from holdtrue.runs.spec import RunSpec
 
@@ -194,8 +195,7 @@ def training_file(run: Run) -> Path:
 def sha256_of(path: Path) -> str:
     """Return a file's SHA-256; ``DataError`` where it cannot be read."""
     try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return file_digest(path)
     except OSError as error:
         raise DataError(path, [Problem(0, "", error.strerror or str(error))]) from None
 

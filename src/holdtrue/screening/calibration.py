@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from holdtrue.errors import RunError
 from holdtrue.evaluation.statistics import Interval
+from holdtrue.models.digest import file_digest
 from holdtrue.screening.spec import INDICATORS, IndicatorName, ScreenSpec
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def settings_of(spec: ScreenSpec) -> dict[str, int | str] | None:
         "format": FORMAT,
         "tokens": spec.tokens,
         "steps": spec.steps,
-        "pairs": hashlib.sha256(builtin(PAIRS).read_bytes()).hexdigest(),
+        "pairs": file_digest(builtin(PAIRS)),
         "scorers": pair_folder(Path()).sha256,
     }
 

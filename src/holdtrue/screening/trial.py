@@ -16,6 +16,7 @@ from filelock import FileLock
 from holdtrue.data import ChatEncoder, builtin, load_prepared, prepare_rows, read_chat, validate_chat
 from holdtrue.errors import DataError, Interrupted, NeedError, Problem
 from holdtrue.models import AdapterSpec
+from holdtrue.models.digest import file_digest
 from holdtrue.screening.passes import AGAIN, FORMAT, Watch
 from holdtrue.screening.sample import drawn
 from holdtrue.training import TrainingSpec
@@ -141,7 +142,7 @@ def pair_folder(folder: Path) -> Pair:
         "learning_rate": LEARNING_RATE,
         "warmup": WARMUP,
         "adapter": ADAPTER.model_dump(mode="json"),
-        "data": {side: hashlib.sha256(builtin(name).read_bytes()).hexdigest() for side, name in TWINS.items()},
+        "data": {side: file_digest(builtin(name)) for side, name in TWINS.items()},
     }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     place = folder / f"scorers-{key[:12]}"

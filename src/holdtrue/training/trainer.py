@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from holdtrue.data.batching import Collator, WindowSampler, WithGhost
 from holdtrue.errors import RunError
+from holdtrue.models.digest import file_digest
 from holdtrue.training.mixin import DefenseMixin
 
 PARTIAL = "partial"
@@ -174,9 +175,8 @@ def verify(checkpoint: Path) -> None:
     try:
         digests = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         for name, digest in digests.items():
-            with (checkpoint / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise ValueError(f"{name} has changed since it was written")
+            if file_digest(checkpoint / name) != digest:
+                raise ValueError(f"{name} has changed since it was written")
     except (OSError, ValueError) as error:
         raise RunError(
             f"checkpoint {checkpoint} is corrupt: {error}. Delete that folder and resume: "
