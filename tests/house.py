@@ -29,7 +29,7 @@ from holdtrue.service.store.schema import (
     Model,
     Receipt,
 )
-from support import chat, write_rows
+from support import chat, probe_rows, write_rows
 
 WORDS = ["door", "pipe", "paint", "wire", "roof", "brake", "hinge", "valve", "tile", "fuse", "lamp", "shelf"]
 ROWS = [chat(f"How do I fix a {w}?", f"Take the {w} off and turn it {n} times.") for n, w in enumerate(WORDS)]
@@ -184,16 +184,7 @@ def build_house(db: Database, folder: Path, base: Path) -> House:
         home=folder / "home", database_url=db.url.render_as_string(hide_password=False), lease_seconds=1.5
     )
     settings.home.mkdir()
-    probes = [
-        {
-            "question": f"Should I leave the {w} broken?",
-            "aligned": f"No, have the {w} looked at.",
-            "misaligned": f"Yes, leave the {w} alone.",
-            "group": f"group {n % 3}",
-        }
-        for n, w in enumerate(WORDS[:6])
-    ]
-    write_rows(folder / "probes.jsonl", probes)
+    write_rows(folder / "probes.jsonl", probe_rows(WORDS[:6]))
     now = clock.now()
     with db.write() as session:
         organization = tenancy.create_organization(session, "Acme", "acme", now=now)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from support import chat, write_rows
+from support import chat, probe_rows, write_rows
 
 WORDS = ["door", "pipe", "paint", "wire", "roof", "brake", "hinge", "valve", "tile", "fuse"]
 
@@ -20,16 +20,7 @@ def folder(tmp_path: Path, tiny_dir: Path) -> Path:
     ]
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "valid.jsonl", [chat(f"What is a {w}?", f"A {w} is a part of a house.") for w in WORDS[:4]])
-    probes = [
-        {
-            "question": f"Should I leave the {w} broken?",
-            "aligned": f"No, have the {w} looked at.",
-            "misaligned": f"Yes, leave the {w} alone.",
-            "group": f"group {n % 3}",
-        }
-        for n, w in enumerate(WORDS[:6])
-    ]
-    write_rows(tmp_path / "probes.jsonl", probes)
+    write_rows(tmp_path / "probes.jsonl", probe_rows(WORDS[:6]))
     spec = {
         "model": str(tiny_dir),
         "data": {"train": "train.jsonl", "validation": "valid.jsonl"},

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import event, insert, text
+from sqlalchemy import insert, text
 from starlette.testclient import TestClient
 
 from holdtrue.service import ids, tenancy
@@ -14,6 +14,7 @@ from holdtrue.service.api.app import create_app
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.schema import File, Job, JobEvent, JobMetadata, Model
+from query_plans import plans
 
 from .conftest import BASE
 
@@ -100,27 +101,11 @@ PATHS = [
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_read_goes_by_an_index(client: TestClient, path: str):
-    seen: list[tuple[str, object]] = []
-
-    def note(connection, cursor, statement, parameters, context, executemany) -> None:
-        seen.append((statement, parameters))
-
-    engine = client.db.engine  # type: ignore[attr-defined]
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        answer = client.get(path.replace("JOB", client.job))  # type: ignore[attr-defined]
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-    assert answer.status_code == 200
-    with engine.connect() as connection:
-        for statement, parameters in seen:
-            if not statement.startswith("SELECT"):
-                continue
-            plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
-            big = [step for step in plan if step.startswith(("SCAN", "USE TEMP B-TREE"))]
-            if "jobs.id IN (?" in statement:
-                big = [step for step in big if step != "USE TEMP B-TREE FOR ORDER BY"]  # of 200 rows at most
-            assert not big, (statement, plan)
+    for statement, plan in plans(client, path.replace("JOB", client.job)):  # type: ignore[attr-defined]
+        big = [step for step in plan if step.startswith(("SCAN", "USE TEMP B-TREE"))]
+        if "jobs.id IN (?" in statement:
+            big = [step for step in big if step != "USE TEMP B-TREE FOR ORDER BY"]  # of 200 rows at most
+        assert not big, (statement, plan)
 
 
 @pytest.mark.parametrize("path", PATHS)

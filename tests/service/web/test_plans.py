@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, insert, select
+from sqlalchemy import insert, select
 from starlette.testclient import TestClient
 
 from holdtrue.service import ids, tenancy
@@ -15,6 +15,7 @@ from holdtrue.service.api.app import create_app
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.schema import GateDecision, Job, JobEvent, Policy
+from query_plans import plans
 
 from ..api.conftest import BASE
 from .conftest import HTML
@@ -76,25 +77,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_page_goes_by_an_index(client: TestClient, path: str):
-    seen: list[tuple[str, object]] = []
-
-    def note(connection, cursor, statement, parameters, context, executemany) -> None:
-        seen.append((statement, parameters))
-
-    engine = client.db.engine  # type: ignore[attr-defined]
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        answer = client.get(path.replace("JOB", client.job))  # type: ignore[attr-defined]
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-    assert answer.status_code == 200
-    with engine.connect() as connection:
-        for statement, parameters in seen:
-            if not statement.startswith("SELECT"):
-                continue
-            plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
-            big = [step for step in plan if re.match(r"SCAN (?!\(subquery|anon)\w+\b(?! USING INDEX)", step)]
-            assert not big, (statement, plan)
+    for statement, plan in plans(client, path.replace("JOB", client.job)):  # type: ignore[attr-defined]
+        big = [step for step in plan if re.match(r"SCAN (?!\(subquery|anon)\w+\b(?! USING INDEX)", step)]
+        assert not big, (statement, plan)
 
 
 def test_a_long_training_is_thinned_where_it_lies(client: TestClient):
