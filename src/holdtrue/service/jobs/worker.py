@@ -43,7 +43,7 @@ class _Plan(NamedTuple):
     """What of a job the worker needs; read once, at the start of a lease."""
 
     document: PolicyDocument
-    files: dict[str, tuple[str | None, str]]  # split -> the blob's key and its SHA-256
+    files: dict[str, tuple[str | None, str]]  # the job's field -> the blob's key and its SHA-256
     parent: tuple[str, str] | None  # an adapter's place and digest
     hyperparameters: dict[str, Any]
     seed: int
@@ -162,12 +162,12 @@ class Worker:
     def _plan(self, lease: Lease) -> _Plan:
         with self._db.read() as session:
             job = session.scalars(select(Job).where(Job.id == lease.job_id)).one()
-            splits = {"train": job.training_file, "validation": job.validation_file}
             found: dict[str, tuple[str | None, str]] = {}
-            for split, file_id in splits.items():
+            for param in ("training_file", "validation_file"):
+                file_id = getattr(job, param)
                 if file_id is not None:
                     row = session.scalars(select(File).where(File.id == file_id)).one()
-                    found[split] = (row.blob, row.sha256)
+                    found[param] = (row.blob, row.sha256)
             parent = None
             if job.parent_model_id is not None:
                 model = session.scalars(select(Model).where(Model.id == job.parent_model_id)).one()
@@ -188,21 +188,21 @@ class Worker:
 
     def _fetch(self, plan: _Plan, folder: Path) -> JobRequest:
         paths: dict[str, Path] = {}
-        for split, (key, sha256) in plan.files.items():
+        for param, (key, sha256) in plan.files.items():
             if key is None:
-                raise _CustomerError(f"{split}_file", "the file was deleted before the job had ended", "file_deleted")
-            paths[split] = folder / f"{split}.jsonl"
-            self._blobs.fetch(key, paths[split])
-            if file_digest(paths[split]) != sha256:
-                raise RunError(f"the stored {split} file is not what was uploaded")
+                raise _CustomerError(param, "the file was deleted before the job had ended", "file_deleted")
+            paths[param] = folder / f"{param}.jsonl"
+            self._blobs.fetch(key, paths[param])
+            if file_digest(paths[param]) != sha256:
+                raise RunError(f"the stored {param} is not what was uploaded")
         parent = None
         if plan.parent is not None:
             parent = folder / "parent"
             key, digest = plan.parent
             self._blobs.fetch_tree(key, parent, digest)
         return JobRequest(
-            training=paths["train"],
-            validation=paths.get("validation"),
+            training=paths["training_file"],
+            validation=paths.get("validation_file"),
             hyperparameters=plan.hyperparameters,
             seed=plan.seed,
             parent=parent,
