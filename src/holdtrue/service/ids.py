@@ -27,10 +27,6 @@ Kind = Literal[
 _TOKEN = r"[A-Za-z0-9]{24}"
 SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What a customer may write into a model's name; anything else is refused, not cleaned."""
-_MODEL = re.compile(
-    r"ft:(?P<base>[A-Za-z0-9._-]+):(?P<org>[a-z0-9-]+):(?P<suffix>[A-Za-z0-9_-]*):(?P<id>[A-Za-z0-9]{8})"
-    r"(?::ckpt-step-(?P<step>\d+))?"
-)
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -60,8 +56,3 @@ def model_name(base: str, organization: str, suffix: str | None, *, step: int | 
     """
     name = f"ft:{base.replace('/', '-')}:{organization}:{suffix or ''}:{tag or _token(8)}"
     return name if step is None else f"{name}:ckpt-step-{step}"
-
-
-def is_model_name(text: str) -> bool:
-    """Whether a text from outside has the form of a tuned model's name."""
-    return _MODEL.fullmatch(text) is not None

@@ -13,10 +13,11 @@ from pydantic import BaseModel, SecretStr
 
 from holdtrue.errors import RunError, SpecError
 from holdtrue.service import tenancy
-from holdtrue.service.settings import Role, ServiceSettings, is_loopback
+from holdtrue.service.settings import Role, ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
 from holdtrue.service.supervisor import Child, Supervisor, stop_event, watch_lifeline
+from holdtrue.serving.loopback import is_loopback
 
 ROLES: tuple[str, ...] = get_args(Role)
 PARTS = ("api", "dispatcher", "worker", "inference")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -60,11 +59,3 @@ class ServiceSettings(BaseSettings):
     def blobs(self) -> str:
         """The fsspec URL in force."""
         return self.blob_url or f"file://{self.home.absolute() / 'blobs'}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

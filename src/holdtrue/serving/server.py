@@ -6,7 +6,6 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from ipaddress import ip_address
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -18,6 +17,7 @@ from starlette.routing import Route
 
 from holdtrue.errors import SpecError
 from holdtrue.serving.adapters import Fetch
+from holdtrue.serving.loopback import is_loopback
 from holdtrue.serving.port import ChatError, Event, Inference
 from holdtrue.serving.streaming import LiveResponse
 from holdtrue.serving.wire import event_to_json, request_from_json
@@ -52,7 +52,7 @@ def run(settings: ServerSettings, fetch: Fetch) -> None:
 
     where = urlsplit(settings.inference_url)
     host = where.hostname or ""
-    if where.scheme != "http" or not _is_loopback(host) or not where.port:
+    if where.scheme != "http" or not is_loopback(host) or not where.port:
         raise SpecError(
             f"inference_url {settings.inference_url!r} must be http://127.0.0.1:PORT: prompts cross it in clear, so "
             "the inference process runs on the machine of the API"
@@ -130,10 +130,3 @@ async def _with_beats(events: AsyncIterator[Event]) -> AsyncIterator[Event | Non
     finally:
         if waiting is not None:
             waiting.cancel()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -12,8 +12,8 @@ from sqlalchemy import select
 from holdtrue.service import auth, clock
 from holdtrue.service.api.context import Parts, PartsDep
 from holdtrue.service.api.errors import ApiError, ErrorBody
-from holdtrue.service.settings import is_loopback
 from holdtrue.service.store.schema import Organization
+from holdtrue.serving.loopback import is_loopback
 
 router = APIRouter(tags=["operations"])
 

@@ -184,7 +184,7 @@ def decide(
     if not by.strip() or not reason.strip():
         raise DecisionError("a decision needs a name and a reason")
     row = session.scalar(select(GateDecision).where(GateDecision.id == decision_id).with_for_update())
-    if row is None or row.action not in ("hold", "block") or row.step_number:
+    if row is None or not _is_for_a_person(row):
         raise DecisionError(f"there is nothing to decide on {decision_id!r}")
     if row.override is not None:
         raise DecisionError(f"{row.override_by} has decided on {decision_id} already: {row.override}")
@@ -218,6 +218,15 @@ def decide(
         _sign(session, job, model, statement, signer)
     audit.add(session, by, f"gate.{word}", job.id, now=now, detail={"decision": row.id, "reason": reason})
     return row
+
+
+def is_open(row: GateDecision) -> bool:
+    """Say whether a person may still decide on an adapter: the policy held or blocked it, and nobody has spoken."""
+    return _is_for_a_person(row) and row.override is None
+
+
+def _is_for_a_person(row: GateDecision) -> bool:
+    return row.action in ("hold", "block") and not row.step_number
 
 
 def gate_message(gate: Mapping[str, Any], action: str) -> str:

@@ -35,36 +35,34 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Count(_Part):
+class _Range(_Part):
+    auto: Any
+    min: Any
+    max: Any
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min <= self.auto <= self.max:
+            raise ValueError(
+                f"auto must lie between min and max: {self.min} <= {self.auto} <= {self.max} does not hold"
+            )
+        return self
+
+
+class Count(_Range):
     """A whole number that a customer may choose, and what ``"auto"`` means."""
 
     auto: int = Field(ge=1)
     min: int = Field(default=1, ge=1)
     max: int = Field(ge=1)
 
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if not self.min <= self.auto <= self.max:
-            raise ValueError(
-                f"auto must lie between min and max: {self.min} <= {self.auto} <= {self.max} does not hold"
-            )
-        return self
 
-
-class Factor(_Part):
+class Factor(_Range):
     """A factor that a customer may choose, and what ``"auto"`` means."""
 
     auto: float = Field(default=1.0, gt=0)
     min: float = Field(gt=0)
     max: float = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if not self.min <= self.auto <= self.max:
-            raise ValueError(
-                f"auto must lie between min and max: {self.min} <= {self.auto} <= {self.max} does not hold"
-            )
-        return self
 
 
 class Hyperparameters(_Part):

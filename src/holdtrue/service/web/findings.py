@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdtrue.service.evidence import signing
 from holdtrue.service.store.schema import GateDecision, Receipt
 
 LONGEST = 4000
@@ -133,7 +132,7 @@ def _sample(values: Mapping[str, Any], questions: bool) -> Sample:
 def evidence(row: Receipt) -> Evidence | None:
     """Return a receipt as a page shows it; ``None`` for one that cannot be read. The page verifies no signature."""
     try:
-        statement = json.loads(base64.b64decode(row.envelope["payload"], validate=True))
+        statement = signing.payload(row.envelope)
         (subject,) = statement["subject"]
         predicate = statement["predicate"]
         policy = predicate["policy"]

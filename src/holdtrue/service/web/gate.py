@@ -66,7 +66,7 @@ def _values(session: Session, decision_id: str) -> dict[str, Any]:
     job = session.scalars(select(Job).where(Job.id == row.job_id)).one()
     return {
         "verdict": verdict(row),
-        "open": row.action in ("hold", "block") and row.override is None and row.step_number == 0,
+        "open": publish.is_open(row),
         "job": job,
         "policy": session.get_one(Policy, job.policy_id),
         "project": session.get_one(Project, job.project_id),
