@@ -56,7 +56,7 @@ def activate(
     as_json: AsJson = False,
 ) -> Result:
     """Put a policy in force for new jobs; jobs that have begun keep the version they began with."""
-    from holdtrue.service import audit, clock
+    from holdtrue.service import clock
     from holdtrue.service.policy import store
 
     if (file is None) == (version is None):
@@ -71,8 +71,6 @@ def activate(
             store.document_of(row)
         before = store.activate(session, row, actor=ACTOR, now=now)
         was = None if before is None else before.version
-        detail = {"base_model": row.base_model, "version": row.version, "before": was}
-        audit.add(session, ACTOR, "policy.activate", row.id, now=now, detail=detail)
         values = _values(row) | {"before": was}
 
     def show(console: Console) -> None:

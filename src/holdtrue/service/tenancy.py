@@ -76,7 +76,6 @@ def _base_model(session: Session, name: str, now: int) -> None:
     if policies.active(session, name) is None:
         policy = policies.save(session, default_document(name), actor="system", now=now, note="from the first start")
         policies.activate(session, policy, actor="system", now=now)
-        audit.add(session, "system", "policy.activate", policy.id, now=now, detail={"base_model": name, "version": 1})
 
 
 def create_organization(session: Session, name: str, slug: str, *, now: int) -> Organization:

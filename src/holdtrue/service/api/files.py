@@ -26,26 +26,15 @@ from holdtrue.service.store.schema import File, Job
 BATCH_SECONDS = 30 * 86_400
 _PURPOSE: TypeAdapter[str] = TypeAdapter(schemas.FilePurpose)
 _CHUNK = 2**18
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"enum": ["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]},
-                        "expires_after[anchor]": {"enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
-                    },
-                }
-            }
-        },
-    }
-}
+_FORM = multipart.form_document(
+    ["file", "purpose"],
+    {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"enum": ["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]},
+        "expires_after[anchor]": {"enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+    },
+)
 router = APIRouter(tags=["files"])
 
 

@@ -22,21 +22,7 @@ from holdtrue.service.store.schema import File, Upload, UploadPart
 LIFE_SECONDS = 3600
 PART_BYTES = 64 * 2**20
 _MOST_PARTS = 10_000
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["data"],
-                    "additionalProperties": False,
-                    "properties": {"data": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
+_FORM = multipart.form_document(["data"], {"data": {"type": "string", "format": "binary"}})
 router = APIRouter(tags=["uploads"])
 
 

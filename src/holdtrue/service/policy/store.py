@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from holdtrue.errors import RunError, SpecError
 from holdtrue.runs.spec import differences
-from holdtrue.service import ids
+from holdtrue.service import audit, ids
 from holdtrue.service.policy.document import PolicyDocument, parse_policy
 from holdtrue.service.store.schema import ActivePolicy, Policy
 
@@ -63,15 +63,21 @@ def save(session: Session, text: str, *, actor: str, now: int, note: str = "") -
 
 
 def activate(session: Session, policy: Policy, *, actor: str, now: int) -> Policy | None:
-    """Put a version in force for its base model and return the one that was; jobs keep the version they began with."""
+    """Put a version in force for its base model and return the one that was; jobs keep the version they began with.
+
+    The audit log says so, whoever asked.
+    """
     current = session.get(ActivePolicy, policy.base_model, with_for_update=True)
+    before = None if current is None else session.get(Policy, current.policy_id)
     if current is None:
         session.add(
             ActivePolicy(base_model=policy.base_model, policy_id=policy.id, activated_by=actor, activated_at=now)
         )
-        return None
-    before = session.get(Policy, current.policy_id)
-    current.policy_id, current.activated_by, current.activated_at = policy.id, actor, now
+    else:
+        current.policy_id, current.activated_by, current.activated_at = policy.id, actor, now
+    was = None if before is None else before.version
+    detail = {"base_model": policy.base_model, "version": policy.version, "before": was}
+    audit.add(session, actor, "policy.activate", policy.id, now=now, detail=detail)
     return before
 
 

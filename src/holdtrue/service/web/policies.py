@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from holdtrue.errors import HoldtrueError
-from holdtrue.service import audit, clock, ids
+from holdtrue.service import clock, ids
 from holdtrue.service.api.context import PartsDep, Provider
 from holdtrue.service.api.errors import ApiError, not_found
 from holdtrue.service.policy import store as policies
@@ -83,6 +83,4 @@ def activate(policy_id: str, form: Sent, parts: PartsDep, caller: Provider) -> R
                 "Another version is in force than when you opened the page. Look at the difference again",
                 code="policy_changed",
             )
-        detail = {"base_model": row.base_model, "version": row.version, "before": before.version if before else None}
-        audit.add(session, caller.principal.key_id, "policy.activate", row.id, now=now, detail=detail)
     return redirect("/policies?said=activated")
