@@ -47,11 +47,11 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base") / "bytes", seed=0)
 
 
-def make_base(folder: Path, seed: int) -> Path:
+def make_base(folder: Path, seed: int, width: int = 32) -> Path:
     tokenizer = small_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
