@@ -88,7 +88,7 @@ def test_a_cancelled_request_leaves(engine: TransformersEngine, ask: Ask):
             break
         deadline.wait(0.02)
     assert not engine._lanes
-    assert engine._open.total() == 0
+    assert not engine._tickets
 
 
 def test_what_is_not_the_digest_is_not_loaded(engine: TransformersEngine, adapters: list[AdapterRef], ask: Ask):
@@ -244,6 +244,14 @@ def test_an_engine_that_was_closed_says_so(ask: Ask):
             list(events)
     with pytest.raises(ChatError, match="stopped"), engine.answer(ask()):
         pass
+
+
+def test_an_engine_that_is_closed_while_it_loads_leaves_nobody_waiting(ask: Ask):
+    engine, ended = TransformersEngine(), []
+    for tenant in "abcdefgh":  # more than there are loaders
+        engine.submit(ask(tenant=tenant), ended.append)
+    engine.close()
+    assert len([event for event in ended if not isinstance(event, Started | Delta)]) == 8
 
 
 def test_a_base_model_that_is_not_there_is_said_and_tried_again(engine: TransformersEngine, ask: Ask, tmp_path: Path):

@@ -82,7 +82,7 @@ def test_a_client_that_leaves_ends_the_work(url: str, engine: TransformersEngine
     events = asyncio.run(read(InferenceClient(url, SECRET), ask(max_tokens=450, temperature=0), most=2))
     assert isinstance(events[0], Started)
     for _ in range(200):
-        if not engine._lanes and not engine._open:
+        if not engine._lanes and not engine._tickets:
             return
         threading.Event().wait(0.02)
     pytest.fail("the work goes on")

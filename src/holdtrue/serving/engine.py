@@ -78,7 +78,7 @@ class TransformersEngine:
         self._lanes: dict[Key, Lane] = {}
         self._turn: list[Key] = []
         self._blocked: Key | None = None
-        self._open: Counter[str] = Counter()
+        self._tickets: set[Ticket] = set()
         self._guard = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loaders = ThreadPoolExecutor(_LOADERS, "holdtrue-load")
@@ -88,44 +88,38 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Stop; whoever still waits gets an error."""
-        self._closed = True
+        with self._guard:
+            self._closed = True
         self._inbox.put(lambda: None)
         self._thread.join()
+        stopped = ChatError("unavailable", "the engine has stopped")
+        for base in self._bases.values():
+            if not base.done():
+                base.set_exception(stopped)
         self._loaders.shutdown(cancel_futures=True)
+        for ticket in list(self._tickets):
+            ticket.emit(stopped)
 
     def submit(self, request: ChatRequest, emit: Emit) -> Callable[[], None]:
         """Take a request; return what ends it early.
 
-        ``emit`` is called from the engine's thread with each event, and at last with ``None`` or an error.
+        ``emit`` is called from a thread of the engine's with each event, and at last with ``None`` or an error.
 
         Raises:
             ChatError: too many requests are under way, or a value is out of its range.
         """
         request.check()
-        tenant = request.tenant
+        ticket = Ticket(request, secrets.randbits(63) if request.seed is None else request.seed)
+        ticket.emit = partial(self._tell, ticket, emit)
         with self._guard:
             if self._closed:
                 raise ChatError("unavailable", "the engine has stopped")
-            if self._open[tenant] >= WAITING_OF_TENANT or self._open.total() >= WAITING:
+            tenants = Counter(each.request.tenant for each in self._tickets)
+            if tenants[request.tenant] >= WAITING_OF_TENANT or len(self._tickets) >= WAITING:
                 raise ChatError("busy", "too many chats are being answered or waiting; try again in some seconds")
-            self._open[tenant] += 1
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        ended = threading.Event()
-
-        def tell(event: Event | ChatError | None) -> None:
-            if not isinstance(event, Event):
-                self._forget(tenant, ended)
-            emit(event)
-
-        ticket = Ticket(request, tell, seed)
-
-        def cancel() -> None:
-            ticket.gone.set()
-            self._forget(tenant, ended)
-            self._inbox.put(lambda: None)
-
-        self._loaders.submit(self._prepare, ticket)
-        return cancel
+            self._tickets.add(ticket)
+            self._loaders.submit(self._prepare, ticket)
+        return partial(self._cancel, ticket)
 
     @contextlib.asynccontextmanager
     async def chat(self, request: ChatRequest) -> AsyncIterator[AsyncIterator[Event]]:
@@ -166,12 +160,19 @@ class TransformersEngine:
         finally:
             cancel()
 
-    def _forget(self, tenant: str, ended: threading.Event) -> None:
+    def _tell(self, ticket: Ticket, emit: Emit, event: Event | ChatError | None) -> None:
+        if not isinstance(event, Event):
+            with self._guard:
+                if ticket not in self._tickets:
+                    return  # it has had its end
+                self._tickets.remove(ticket)
+        emit(event)
+
+    def _cancel(self, ticket: Ticket) -> None:
+        ticket.gone.set()
         with self._guard:
-            if not ended.is_set():
-                ended.set()
-                self._open[tenant] -= 1
-                self._open += Counter()  # drops what is at zero
+            self._tickets.discard(ticket)
+        self._inbox.put(lambda: None)
 
     # What follows up to the next line runs in the loaders' threads.
 
@@ -192,6 +193,8 @@ class TransformersEngine:
 
     def _base(self, key: BaseKey) -> _Base:
         with self._guard:
+            if self._closed:
+                raise ChatError("unavailable", "the engine has stopped")
             found = self._bases.get(key)
             if found is None:
                 found = self._bases[key] = Future()
@@ -240,8 +243,6 @@ class TransformersEngine:
                 self._read_inbox()
                 self._admit()
                 self._give_turn()
-        for lane in self._lanes.values():
-            lane.fail(ChatError("unavailable", "the engine has stopped"))
 
     def _read_inbox(self) -> None:
         """Do what others ask of this thread; wait for it where there is nothing else to do."""
