@@ -16,8 +16,7 @@ from holdtrue.models import load_adapter, load_model, resolve
 from holdtrue.serving import adapters as module
 from holdtrue.serving.adapters import Adapters, copy_folder
 from holdtrue.serving.port import AdapterRef, ChatError
-
-from .conftest import make_base
+from serving_support import make_base
 
 IDS = torch.arange(1, 20)[None]
 

@@ -36,7 +36,14 @@ router = APIRouter(tags=["chat"])
 log = structlog.get_logger("holdtrue.chat")
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses(503))
+_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses={**responses(503), 200: _STREAM},
+)
 async def chat(body: ChatBody, request: Request, parts: PartsDep, caller: Chat) -> Response:
     """Answer a conversation, at once or as it is written.
 
