@@ -156,7 +156,7 @@ class _Exchange:
                     yield chunks.opening(choice)
                 async for event in events:
                     yield chunks.of(event)
-                yield chunks.closing(self._used())
+            yield chunks.closing(self._used())  # whoever has read this finds the tokens on the account
         except ChatError as error:
             if not started:
                 raise _told(error) from error
