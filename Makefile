@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-quick demo-full test test-slow check format bench bench-growth clean
+.PHONY: help env demo demo-quick demo-full test test-slow test-service check format bench bench-growth clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: env  ## run the tests
 
 test-slow: env  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-service: env  ## run the long tests of the service: all faults, both databases, a real job
+	$(BIN)/python -m pytest -m slow tests/service
 
 check: env  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

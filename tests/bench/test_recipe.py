@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from holdtrue.bench import estimate_cells, expand, load_grid
 from holdtrue.bench.estimate import GPU_FLOPS, Hardware
 from holdtrue.cli.main import main
+from holdtrue.runs import Run
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "paper-qwen2.5-7b.yaml"
 ROWS = [
@@ -70,14 +72,14 @@ def test_the_recipe_runs_with_a_tiny_model(
     document = json.loads(capfd.readouterr().out)
     assert document["counts"] == {"done": 10}
     text = (out / "tables" / "results.md").read_text()
-    for heading in (
-        "general misaligned",
-        "in-domain misaligned",
-        "held-out NLL",
-        "benign right, opswap:2",
-        "incoherent",
-    ):
+    for heading in ("margin", "held-out NLL", "benign right, opswap:2"):
         assert heading in text
+    # Two tokens of a random model are no answer that the judge knows: it was asked, and says so of each.
+    for run in map(Run, out.glob("cells/*-medical-*")):
+        for suite, which in itertools.product(("general", "conditional", "in_domain"), ("tuned", "untouched")):
+            found = run.evaluation(suite, which)
+            assert found is not None, suite
+            assert found["n"] == found["unknown"] + found["scored"] + found["code"] + found["refusal"] > 0
     assert len(list((out / "reports").glob("*.html"))) == 10
 
 

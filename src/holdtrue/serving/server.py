@@ -7,7 +7,7 @@ import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from ipaddress import ip_address
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -34,8 +34,6 @@ class ServerSettings(Protocol):
     def inference_url(self) -> str: ...
     @property
     def inference_secret(self) -> SecretStr: ...
-    @property
-    def inference_engine(self) -> Literal["transformers", "vllm"]: ...
     @property
     def threads(self) -> int: ...
 
@@ -81,10 +79,6 @@ def run(settings: ServerSettings, fetch: Fetch) -> None:
 
 def make_engine(settings: ServerSettings, fetch: Fetch) -> Any:
     """Return the engine that the settings name."""
-    if settings.inference_engine == "vllm":
-        from holdtrue.serving.vllm import VllmEngine
-
-        return VllmEngine(fetch)
     from holdtrue.serving.engine import TransformersEngine
 
     return TransformersEngine(fetch, threads=settings.threads)

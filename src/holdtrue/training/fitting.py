@@ -111,7 +111,9 @@ def fit(
         verify(saved[-1])
     start_step = int(saved[-1].name.rsplit("-", 1)[1]) if saved else 0
     main = int(os.environ.get("RANK", "0")) == 0
-    recorder = _Recorder(folder / "metrics.jsonl" if main else None, start_step, progress, stop, device.type == "cpu")
+    recorder = _Recorder(
+        folder / "metrics.jsonl" if main else None, start_step, progress, stop, device.type == "cpu", spec.save_epochs
+    )
     trainer = DefendedTrainer(
         model,
         arguments,
@@ -171,8 +173,15 @@ class _Recorder(TrainerCallback):
     """Appends each step's metrics to a file, tells the progress, and stops the loop when asked to."""
 
     def __init__(
-        self, path: Path | None, start_step: int, progress: Progress | None, stop: Event | None, on_cpu: bool
+        self,
+        path: Path | None,
+        start_step: int,
+        progress: Progress | None,
+        stop: Event | None,
+        on_cpu: bool,
+        epochs: bool,
     ) -> None:
+        self._epochs = epochs
         self._path, self._progress, self._stop, self._on_cpu = path, progress, stop, on_cpu
         self._cpu = 0.0
         self._started, self._first = time.perf_counter(), start_step
@@ -205,6 +214,8 @@ class _Recorder(TrainerCallback):
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if not self._epochs:
+            return control
         there = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.global_step < state.max_steps and not there.exists():
             control.should_save = True

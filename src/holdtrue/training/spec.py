@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Self
+from typing import Any, Self
 
 from pydantic import (
     BaseModel,
@@ -13,7 +13,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -36,6 +38,7 @@ class TrainingSpec(BaseModel):
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
         save_every: optimizer steps between checkpoints.
+        save_epochs: whether there is a checkpoint at each epoch's end as well.
         eval_every: optimizer steps between measurements of the validation loss; 0 measures at the end only.
         kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one;
             0 turns them off.
@@ -57,11 +60,17 @@ class TrainingSpec(BaseModel):
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: NonNegativeFloat = 1.0
     save_every: PositiveInt = 50
+    save_epochs: bool = False
     eval_every: NonNegativeInt = 0
     kl_every: NonNegativeInt = 10
     reference_cache: NonNegativeFloat = 0.0
     gradient_checkpointing: bool = False
     report_to: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A run without these checkpoints has the hash that it had before there were any.
+        return {key: value for key, value in write(self).items() if (key, value) != ("save_epochs", False)}
 
     @field_validator("report_to")
     @classmethod

@@ -43,7 +43,7 @@ POINTS = [
     ("holdtrue.service.jobs.publish:_end", "after", 1),
     ("holdtrue.service.jobs.worker:publish", "after", 1),
 ]
-FEW = {0, 5, 12, 18, 27}
+FEW = {6, 12, 27}
 """Which of them every run of the tests tries; all are tried with those that are marked slow."""
 
 

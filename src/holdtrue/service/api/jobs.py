@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
-from sqlalchemy import Select, exists, false, select
+from sqlalchemy import Select, exists, select
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock, ids, quotas
@@ -218,7 +218,7 @@ def _filtered(session: Session, query: Select[Any], request: Request) -> Select[
         few = session.scalars(select(JobMetadata.job_id).where(*pair).limit(_FEW + 1)).all()
         # A rare pair is looked up from its own side; a common one is met soon on the way through the newest jobs.
         common = len(few) > _FEW
-        rare = Job.id.in_(few) if few else false()
+        rare = Job.id.in_(few or [""])  # no job has that id: an empty list would be a scan
         query = query.where(exists().where(JobMetadata.job_id == Job.id, *pair) if common else rare)
     return query
 

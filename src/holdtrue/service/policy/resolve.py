@@ -88,6 +88,7 @@ def resolve(document: PolicyDocument, request: JobRequest, attempt: int = 0) -> 
         adapter=adapter,
         training={
             **training.model_dump(mode="json"),
+            "save_epochs": True,
             "epochs": int(numbers["n_epochs"]),
             "batch_size": batch,
             "micro_batch_size": micro,
