@@ -155,7 +155,9 @@ def test_a_process_that_dies_midway_is_said(ask: Ask):
     ],
 )
 def test_it_listens_to_nobody_else(url: str, secret: str, word: str):
-    settings = SimpleNamespace(inference_url=url, inference_secret=SecretStr(secret), threads=1)
+    settings = SimpleNamespace(
+        inference_url=url, inference_secret=SecretStr(secret), inference_engine="transformers", threads=1
+    )
     with pytest.raises(SpecError, match=word):
         run(settings, lambda location, folder: None)
 

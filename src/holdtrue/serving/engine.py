@@ -15,23 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from holdtrue.errors import DataError, HoldtrueError
+from holdtrue.errors import HoldtrueError
 from holdtrue.serving.adapters import Adapters, Fetch, copy_folder
 from holdtrue.serving.lane import Lane, Ticket
 from holdtrue.serving.port import ChatError, ChatRequest, Event, Started
+from holdtrue.serving.prompts import Prompts
 from holdtrue.serving.rows import bytes_per_token, check_architecture
-from holdtrue.serving.text import TokenBytes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from holdtrue.data import ChatEncoder
 
 WAITING = 256
 """Requests under way and waiting, of all tenants; more are refused as ``busy``."""
 WAITING_OF_TENANT = 64
-DEFAULT_TOKENS = 1024
-"""Longest answer where a request does not say, and the context leaves as much."""
 CACHE_BYTES = 2 * 2**30
 """Memory for keys and values where the device does not say how much it has free."""
 _CACHE_SHARE = 0.6
@@ -48,10 +45,7 @@ class _Base:
     """A base model with what turns texts into its tokens and back."""
 
     adapters: Adapters
-    encoder: ChatEncoder
-    table: TokenBytes
-    ends: frozenset[int]
-    limit: int | None
+    prompts: Prompts
     token_bytes: int
     budget: int
 
@@ -179,7 +173,9 @@ class TransformersEngine:
     def _prepare(self, ticket: Ticket) -> None:
         try:
             base = self._base((ticket.request.base, ticket.request.revision))
-            _encode(base, ticket)
+            ticket.prompt, ticket.most = base.prompts.encode(ticket.request)
+            if ticket.request.n > 1 and ticket.request.n * ticket.length * base.token_bytes > base.budget:
+                raise ChatError("invalid", "so many answers of this length need too much memory at once", "n")
             model = base.adapters.get(ticket.request.adapter)
             self._inbox.put(partial(self._enqueue, ticket, base, model))
         except ChatError as error:
@@ -209,7 +205,6 @@ class TransformersEngine:
             raise
 
     def _load(self, name: str, revision: str | None) -> _Base:
-        from holdtrue.data import ChatEncoder
         from holdtrue.models import causal_lm, load_tokenizer, resolve
         from holdtrue.scoring import position_limit
 
@@ -219,17 +214,8 @@ class TransformersEngine:
         model = adapters.load_base()
         lm: Any = causal_lm(model)
         check_architecture(lm)
-        own = lm.generation_config.eos_token_id
-        named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-        return _Base(
-            adapters,
-            ChatEncoder(tokenizer),
-            TokenBytes(tokenizer),
-            frozenset(token for token in named if isinstance(token, int)),
-            position_limit(model),
-            bytes_per_token(lm),
-            _budget(lm),
-        )
+        prompts = Prompts(tokenizer, lm.generation_config, position_limit(model))
+        return _Base(adapters, prompts, bytes_per_token(lm), _budget(lm))
 
     # ---- What follows runs in the engine's thread, which alone touches lanes. ----
 
@@ -264,7 +250,7 @@ class TransformersEngine:
         key = ((request.base, request.revision), request.adapter.digest if request.adapter else None, request.tenant)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = Lane(model, causal_lm(model), base.table, base.ends)
+            lane = self._lanes[key] = Lane(model, causal_lm(model), base.prompts.table, base.prompts.ends)
             self._turn.append(key)
         lane.waiting.append(ticket)
 
@@ -319,29 +305,6 @@ def _resolve(future: Future[_Base], load: Callable[[], _Base]) -> None:
         future.set_result(load())
     except BaseException as error:
         future.set_exception(error)
-
-
-def _encode(base: _Base, ticket: Ticket) -> None:
-    request = ticket.request
-    try:
-        ticket.prompt = base.encoder.prompt_ids(request.messages)
-    except DataError as error:
-        raise ChatError("invalid", error.problems[0].message, "messages") from None
-    except StopIteration:  # the text has every character that could stand for a control token in it
-        raise ChatError("invalid", "the text cannot be kept apart from control tokens", "messages") from None
-    room = None if base.limit is None else base.limit - len(ticket.prompt)
-    asked = f"the prompt has {len(ticket.prompt)} tokens"
-    if room is not None and room < 1:
-        raise ChatError("context", f"the model's context is {base.limit} tokens and {asked}", "messages")
-    if room is not None and request.max_tokens is not None and request.max_tokens > room:
-        raise ChatError(
-            "context",
-            f"the model's context is {base.limit} tokens; {asked}, and {request.max_tokens} more were asked for",
-            "max_tokens",
-        )
-    ticket.most = request.max_tokens or min(DEFAULT_TOKENS, room or DEFAULT_TOKENS)
-    if request.n > 1 and request.n * ticket.length * base.token_bytes > base.budget:
-        raise ChatError("invalid", f"{request.n} answers of {ticket.length} tokens need too much memory at once", "n")
 
 
 def _budget(lm: Any) -> int:
