@@ -224,9 +224,9 @@ class TransformersEngine:
 
         if self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            while not self._closed:
-                self._read_inbox()
+        while not self._closed:
+            self._read_inbox()  # outside: weights that are loaded in inference mode could not be used elsewhere
+            with torch.inference_mode():
                 self._admit()
                 self._give_turn()
 

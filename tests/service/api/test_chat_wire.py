@@ -221,6 +221,8 @@ def test_an_answer_can_be_sent_back(place: Place):
         ({"n": 17}, "n"),
         ({"n": True}, "n"),
         ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"extra_body": {"temperature": True}}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop"),
