@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2  # processes that test side by side, a thread each
 STAMP := $(VENV)/.complete
 
 .DEFAULT_GOAL := help
@@ -29,7 +30,7 @@ demo-full: env  ## the same on all the shipped rows
 	$(BIN)/holdtrue demo --full --out runs/demo-full
 
 test: env  ## run the tests
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: env  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -71,7 +71,7 @@ def test_a_killed_worker_is_retried_and_every_job_ends_once(cluster: Any, tmp_pa
                     return
             time.sleep(0.1)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     try:
         ended = list(RayEngine().run([*given, bad], lambda name, fields: None, threading.Event()))
@@ -104,7 +104,7 @@ def test_a_stop_saves_what_a_task_has_done(cluster: Any, tmp_path: Path, tiny_di
                 stop.set()
             time.sleep(0.1)
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     try:
         (ended,) = RayEngine().run([job], lambda name, fields: None, stop)

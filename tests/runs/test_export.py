@@ -28,7 +28,7 @@ def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "train.jsonl", [chat(f"How do I fix {n}?", f"Turn it {n} times.") for n in range(4)])
     spec = {
         "model": str(tiny_dir),
-        "data": {"train": "train.jsonl"},
+        "data": {"train": "train.jsonl", "validation": "train.jsonl"},
         "adapter": {"r": 4, "alpha": 8},
         "training": {"learning_rate": 1e-2, "batch_size": 2, "micro_batch_size": 2, "warmup_steps": 1},
         "defenses": [],

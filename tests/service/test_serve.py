@@ -119,7 +119,7 @@ def test_the_supervisor_starts_again_what_dies_and_stops_what_lives(tmp_path: Pa
     note = tmp_path / "pids"
     child = Child("toy", [sys.executable, "-c", script, str(note)])
     stop = threading.Event()
-    thread = threading.Thread(target=Supervisor([child], {}).run, args=(stop,))
+    thread = threading.Thread(target=Supervisor([child], {}).run, args=(stop,), daemon=True)
     thread.start()
 
     def pids() -> list[int]:

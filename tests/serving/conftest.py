@@ -5,15 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdtrue.data import Message
 from holdtrue.models import load_model, resolve
 from holdtrue.serving.engine import TransformersEngine
 from holdtrue.serving.port import AdapterRef, ChatRequest, Delta, Started, Token
-from serving_support import make_adapter
-from support import small_tokenizer
+from serving_support import make_adapter, make_base
 
 
 @dataclass
@@ -45,29 +42,6 @@ def collect(engine: TransformersEngine, request: ChatRequest) -> Said:
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real Llama of three blocks that speaks bytes: 258 tokens, 512 positions."""
     return make_base(tmp_path_factory.mktemp("base") / "bytes", seed=0)
-
-
-def make_base(folder: Path, seed: int) -> Path:
-    tokenizer = small_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.4,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

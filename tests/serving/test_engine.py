@@ -15,7 +15,7 @@ import torch
 from holdtrue.data import ChatEncoder, Message
 from holdtrue.models import load_adapter, load_model, load_tokenizer, resolve
 from holdtrue.serving.engine import TransformersEngine
-from holdtrue.serving.port import AdapterRef, ChatError, ChatRequest, Delta
+from holdtrue.serving.port import AdapterRef, ChatError, ChatRequest, Delta, Started
 
 from .conftest import collect
 
@@ -88,7 +88,7 @@ def test_a_cancelled_request_leaves(engine: TransformersEngine, ask: Ask):
             break
         deadline.wait(0.02)
     assert not engine._lanes
-    assert engine._open.total() == 0
+    assert not engine._tickets
 
 
 def test_what_is_not_the_digest_is_not_loaded(engine: TransformersEngine, adapters: list[AdapterRef], ask: Ask):
@@ -180,3 +180,120 @@ def test_a_lane_that_fails_takes_nobody_with_it(engine: TransformersEngine, ask:
         assert raised.value.fault == "failed"
         assert isinstance(list(events)[-1], Delta)
     assert collect(engine, replace(broken, max_tokens=3)).generated[0] <= 3
+
+
+def test_memory_is_bounded_and_nobody_is_overtaken_for_ever(ask: Ask, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("holdtrue.serving.engine.CACHE_BYTES", 1024 * 3 * 2 * 2 * 8 * 4)  # of 1024 tokens
+    engine, most = TransformersEngine(), 0
+    original = engine._give_turn
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, sum(lane.size() for lane in engine._lanes.values()))
+        original()
+
+    engine._give_turn = look  # type: ignore[method-assign]
+    started: list[str] = []
+    ended = threading.Semaphore(0)
+
+    def submit(name: str, request: ChatRequest) -> None:
+        def emit(event: object) -> None:
+            if isinstance(event, Started):
+                started.append(name)
+            elif event is None:
+                ended.release()
+
+        engine.submit(replace(request, tenant=name), emit)
+
+    try:
+        submit("long", ask(max_tokens=400, temperature=0, stop=("\0",)))
+        while not started:
+            threading.Event().wait(0.005)
+        submit("large", ask(max_tokens=380, n=2, temperature=0))
+        while not engine._blocked:
+            threading.Event().wait(0.005)
+        for number in range(6):
+            submit(f"small {number}", ask(max_tokens=4))
+        for _ in range(8):
+            assert ended.acquire(timeout=60)
+    finally:
+        engine.close()
+    assert started[:2] == ["long", "large"]
+    assert 800 <= most <= 1024
+
+
+def test_more_than_the_memory_holds_is_refused_or_goes_alone(ask: Ask, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("holdtrue.serving.engine.CACHE_BYTES", 100)
+    engine = TransformersEngine()
+    try:
+        with pytest.raises(ChatError, match="too much memory") as raised:
+            collect(engine, ask(n=2))
+        assert raised.value.param == "n"
+        with ThreadPoolExecutor(3) as pool:
+            assert len(list(pool.map(lambda seed: collect(engine, ask(seed=seed)), range(3)))) == 3
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_was_closed_says_so(ask: Ask):
+    engine = TransformersEngine()
+    with engine.answer(ask(max_tokens=460, temperature=0, stop=("\0",))) as events:
+        next(events)
+        engine.close()
+        with pytest.raises(ChatError, match="stopped"):
+            list(events)
+    with pytest.raises(ChatError, match="stopped"), engine.answer(ask()):
+        pass
+
+
+def test_an_engine_that_is_closed_while_it_loads_leaves_nobody_waiting(ask: Ask):
+    engine, ended = TransformersEngine(), []
+    for tenant in "abcdefgh":  # more than there are loaders
+        engine.submit(ask(tenant=tenant), ended.append)
+    engine.close()
+    assert len([event for event in ended if not isinstance(event, Started | Delta)]) == 8
+
+
+def test_a_base_model_that_is_not_there_is_said_and_tried_again(engine: TransformersEngine, ask: Ask, tmp_path: Path):
+    request = replace(ask(), base=str(tmp_path / "base"))
+    for _ in range(2):
+        with pytest.raises(ChatError) as raised:
+            collect(engine, request)
+        assert raised.value.fault == "failed"
+    (tmp_path / "base").symlink_to(ask().base)
+    assert collect(engine, request).generated
+
+
+def test_log_probabilities_are_the_models(engine: TransformersEngine, base_dir: Path, ask: Ask):
+    request = ask(logprobs=True, top_logprobs=5, temperature=1.7, top_p=0.6, seed=3, max_tokens=5)
+    said = collect(engine, request)
+    source = resolve(str(base_dir))
+    model, ids = load_model(source, device="cpu"), ChatEncoder(load_tokenizer(source)).prompt_ids(request.messages)
+    for token in said.tokens[0]:
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        best = logp.topk(5)
+        assert [each.token_id for each in token.top] == best.indices.tolist()
+        assert [each.logprob for each in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert token.logprob == pytest.approx(float(logp[token.token_id]), abs=1e-4)
+        ids.append(token.token_id)
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"stop": ("",)}, "stop"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": ()}, "messages"),
+    ],
+)
+def test_values_out_of_range_are_named(engine: TransformersEngine, ask: Ask, values: dict[str, object], param: str):
+    with pytest.raises(ChatError) as raised:
+        collect(engine, ask(**values))
+    assert (raised.value.fault, raised.value.param) == ("invalid", param)

@@ -38,7 +38,7 @@ def serving(engine: Inference) -> Iterator[str]:
     port = free_port()
     config = uvicorn.Config(create_app(engine, SECRET), port=port, lifespan="off", log_config=None)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         threading.Event().wait(0.01)
@@ -82,7 +82,7 @@ def test_a_client_that_leaves_ends_the_work(url: str, engine: TransformersEngine
     events = asyncio.run(read(InferenceClient(url, SECRET), ask(max_tokens=450, temperature=0), most=2))
     assert isinstance(events[0], Started)
     for _ in range(200):
-        if not engine._lanes and not engine._open:
+        if not engine._lanes and not engine._tickets:
             return
         threading.Event().wait(0.02)
     pytest.fail("the work goes on")
@@ -155,7 +155,9 @@ def test_a_process_that_dies_midway_is_said(ask: Ask):
     ],
 )
 def test_it_listens_to_nobody_else(url: str, secret: str, word: str):
-    settings = SimpleNamespace(inference_url=url, inference_secret=SecretStr(secret), threads=1)
+    settings = SimpleNamespace(
+        inference_url=url, inference_secret=SecretStr(secret), inference_engine="transformers", threads=1
+    )
     with pytest.raises(SpecError, match=word):
         run(settings, lambda location, folder: None)
 

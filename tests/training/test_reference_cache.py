@@ -642,7 +642,7 @@ def test_threads_take_turns(folder: Path):
             except BaseException as error:
                 wrong.append(error)
 
-        threads = [threading.Thread(target=work, args=(start,)) for start in (0, 15, 30)]
+        threads = [threading.Thread(target=work, args=(start,), daemon=True) for start in (0, 15, 30)]
         for thread in threads:
             thread.start()
         for thread in threads:

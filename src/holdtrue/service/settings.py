@@ -24,6 +24,7 @@ class ServiceSettings(BaseSettings):
         host, port: where the API listens; any host but a loopback one needs ``behind_tls`` and real keys.
         inference_url: where the inference process listens; on this machine.
         inference_secret: what the API shows it.
+        inference_engine: what answers in it.
         signing_key: path of an Ed25519 private key in PEM; made at first start in ``home`` when empty.
         lease_seconds: how long a worker may be silent before its job is taken over.
         upload_bytes: largest file, in bytes.
@@ -43,6 +44,7 @@ class ServiceSettings(BaseSettings):
     behind_tls: bool = False
     inference_url: str = "http://127.0.0.1:8001"
     inference_secret: SecretStr = SecretStr("")
+    inference_engine: Literal["transformers", "vllm"] = "transformers"
     signing_key: Path | None = None
     lease_seconds: float = Field(default=60.0, gt=0)
     upload_bytes: int = Field(default=512 * MEBIBYTE, gt=0)

@@ -15,23 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from holdtrue.errors import DataError, HoldtrueError
+from holdtrue.errors import HoldtrueError
 from holdtrue.serving.adapters import Adapters, Fetch, copy_folder
 from holdtrue.serving.lane import Lane, Ticket
 from holdtrue.serving.port import ChatError, ChatRequest, Event, Started
+from holdtrue.serving.prompts import Prompts
 from holdtrue.serving.rows import bytes_per_token, check_architecture
-from holdtrue.serving.text import TokenBytes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from holdtrue.data import ChatEncoder
 
 WAITING = 256
 """Requests under way and waiting, of all tenants; more are refused as ``busy``."""
 WAITING_OF_TENANT = 64
-DEFAULT_TOKENS = 1024
-"""Longest answer where a request does not say, and the context leaves as much."""
 CACHE_BYTES = 2 * 2**30
 """Memory for keys and values where the device does not say how much it has free."""
 _CACHE_SHARE = 0.6
@@ -48,10 +45,7 @@ class _Base:
     """A base model with what turns texts into its tokens and back."""
 
     adapters: Adapters
-    encoder: ChatEncoder
-    table: TokenBytes
-    ends: frozenset[int]
-    limit: int | None
+    prompts: Prompts
     token_bytes: int
     budget: int
 
@@ -78,7 +72,7 @@ class TransformersEngine:
         self._lanes: dict[Key, Lane] = {}
         self._turn: list[Key] = []
         self._blocked: Key | None = None
-        self._open: Counter[str] = Counter()
+        self._tickets: set[Ticket] = set()
         self._guard = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loaders = ThreadPoolExecutor(_LOADERS, "holdtrue-load")
@@ -88,44 +82,38 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Stop; whoever still waits gets an error."""
-        self._closed = True
+        with self._guard:
+            self._closed = True
         self._inbox.put(lambda: None)
         self._thread.join()
+        stopped = ChatError("unavailable", "the engine has stopped")
+        for base in self._bases.values():
+            if not base.done():
+                base.set_exception(stopped)
         self._loaders.shutdown(cancel_futures=True)
+        for ticket in list(self._tickets):
+            ticket.emit(stopped)
 
     def submit(self, request: ChatRequest, emit: Emit) -> Callable[[], None]:
         """Take a request; return what ends it early.
 
-        ``emit`` is called from the engine's thread with each event, and at last with ``None`` or an error.
+        ``emit`` is called from a thread of the engine's with each event, and at last with ``None`` or an error.
 
         Raises:
             ChatError: too many requests are under way, or a value is out of its range.
         """
         request.check()
-        tenant = request.tenant
+        ticket = Ticket(request, secrets.randbits(63) if request.seed is None else request.seed)
+        ticket.emit = partial(self._tell, ticket, emit)
         with self._guard:
             if self._closed:
                 raise ChatError("unavailable", "the engine has stopped")
-            if self._open[tenant] >= WAITING_OF_TENANT or self._open.total() >= WAITING:
+            tenants = Counter(each.request.tenant for each in self._tickets)
+            if tenants[request.tenant] >= WAITING_OF_TENANT or len(self._tickets) >= WAITING:
                 raise ChatError("busy", "too many chats are being answered or waiting; try again in some seconds")
-            self._open[tenant] += 1
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        ended = threading.Event()
-
-        def tell(event: Event | ChatError | None) -> None:
-            if not isinstance(event, Event):
-                self._forget(tenant, ended)
-            emit(event)
-
-        ticket = Ticket(request, tell, seed)
-
-        def cancel() -> None:
-            ticket.gone.set()
-            self._forget(tenant, ended)
-            self._inbox.put(lambda: None)
-
-        self._loaders.submit(self._prepare, ticket)
-        return cancel
+            self._tickets.add(ticket)
+            self._loaders.submit(self._prepare, ticket)
+        return partial(self._cancel, ticket)
 
     @contextlib.asynccontextmanager
     async def chat(self, request: ChatRequest) -> AsyncIterator[AsyncIterator[Event]]:
@@ -166,19 +154,28 @@ class TransformersEngine:
         finally:
             cancel()
 
-    def _forget(self, tenant: str, ended: threading.Event) -> None:
+    def _tell(self, ticket: Ticket, emit: Emit, event: Event | ChatError | None) -> None:
+        if not isinstance(event, Event):
+            with self._guard:
+                if ticket not in self._tickets:
+                    return  # it has had its end
+                self._tickets.remove(ticket)
+        emit(event)
+
+    def _cancel(self, ticket: Ticket) -> None:
+        ticket.gone.set()
         with self._guard:
-            if not ended.is_set():
-                ended.set()
-                self._open[tenant] -= 1
-                self._open += Counter()  # drops what is at zero
+            self._tickets.discard(ticket)
+        self._inbox.put(lambda: None)
 
     # What follows up to the next line runs in the loaders' threads.
 
     def _prepare(self, ticket: Ticket) -> None:
         try:
             base = self._base((ticket.request.base, ticket.request.revision))
-            _encode(base, ticket)
+            ticket.prompt, ticket.most = base.prompts.encode(ticket.request)
+            if ticket.request.n > 1 and ticket.request.n * ticket.length * base.token_bytes > base.budget:
+                raise ChatError("invalid", "so many answers of this length need too much memory at once", "n")
             model = base.adapters.get(ticket.request.adapter)
             self._inbox.put(partial(self._enqueue, ticket, base, model))
         except ChatError as error:
@@ -192,6 +189,8 @@ class TransformersEngine:
 
     def _base(self, key: BaseKey) -> _Base:
         with self._guard:
+            if self._closed:
+                raise ChatError("unavailable", "the engine has stopped")
             found = self._bases.get(key)
             if found is None:
                 found = self._bases[key] = Future()
@@ -206,7 +205,6 @@ class TransformersEngine:
             raise
 
     def _load(self, name: str, revision: str | None) -> _Base:
-        from holdtrue.data import ChatEncoder
         from holdtrue.models import causal_lm, load_tokenizer, resolve
         from holdtrue.scoring import position_limit
 
@@ -216,17 +214,8 @@ class TransformersEngine:
         model = adapters.load_base()
         lm: Any = causal_lm(model)
         check_architecture(lm)
-        own = lm.generation_config.eos_token_id
-        named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-        return _Base(
-            adapters,
-            ChatEncoder(tokenizer),
-            TokenBytes(tokenizer),
-            frozenset(token for token in named if isinstance(token, int)),
-            position_limit(model),
-            bytes_per_token(lm),
-            _budget(lm),
-        )
+        prompts = Prompts(tokenizer, lm.generation_config, position_limit(model))
+        return _Base(adapters, prompts, bytes_per_token(lm), _budget(lm))
 
     # ---- What follows runs in the engine's thread, which alone touches lanes. ----
 
@@ -235,13 +224,11 @@ class TransformersEngine:
 
         if self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            while not self._closed:
-                self._read_inbox()
+        while not self._closed:
+            self._read_inbox()  # outside: weights that are loaded in inference mode could not be used elsewhere
+            with torch.inference_mode():
                 self._admit()
                 self._give_turn()
-        for lane in self._lanes.values():
-            lane.fail(ChatError("unavailable", "the engine has stopped"))
 
     def _read_inbox(self) -> None:
         """Do what others ask of this thread; wait for it where there is nothing else to do."""
@@ -263,7 +250,7 @@ class TransformersEngine:
         key = ((request.base, request.revision), request.adapter.digest if request.adapter else None, request.tenant)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = Lane(model, causal_lm(model), base.table, base.ends)
+            lane = self._lanes[key] = Lane(model, causal_lm(model), base.prompts.table, base.prompts.ends)
             self._turn.append(key)
         lane.waiting.append(ticket)
 
@@ -318,29 +305,6 @@ def _resolve(future: Future[_Base], load: Callable[[], _Base]) -> None:
         future.set_result(load())
     except BaseException as error:
         future.set_exception(error)
-
-
-def _encode(base: _Base, ticket: Ticket) -> None:
-    request = ticket.request
-    try:
-        ticket.prompt = base.encoder.prompt_ids(request.messages)
-    except DataError as error:
-        raise ChatError("invalid", error.problems[0].message, "messages") from None
-    except StopIteration:  # the text has every character that could stand for a control token in it
-        raise ChatError("invalid", "the text cannot be kept apart from control tokens", "messages") from None
-    room = None if base.limit is None else base.limit - len(ticket.prompt)
-    asked = f"the prompt has {len(ticket.prompt)} tokens"
-    if room is not None and room < 1:
-        raise ChatError("context", f"the model's context is {base.limit} tokens and {asked}", "messages")
-    if room is not None and request.max_tokens is not None and request.max_tokens > room:
-        raise ChatError(
-            "context",
-            f"the model's context is {base.limit} tokens; {asked}, and {request.max_tokens} more were asked for",
-            "max_tokens",
-        )
-    ticket.most = request.max_tokens or min(DEFAULT_TOKENS, room or DEFAULT_TOKENS)
-    if request.n > 1 and request.n * ticket.length * base.token_bytes > base.budget:
-        raise ChatError("invalid", f"{request.n} answers of {ticket.length} tokens need too much memory at once", "n")
 
 
 def _budget(lm: Any) -> int:

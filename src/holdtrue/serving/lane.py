@@ -25,6 +25,7 @@ class Ticket:
     """A request on its way through the engine.
 
     Attributes:
+        seed: of its first answer.
         emit: gets its events, and at last ``None`` or what went wrong.
         gone: whether nobody waits for it any more.
         prompt: its tokens; ``most`` is the longest that an answer may become.
@@ -32,8 +33,8 @@ class Ticket:
     """
 
     request: ChatRequest
-    emit: Callable[[Event | ChatError | None], None]
     seed: int
+    emit: Callable[[Event | ChatError | None], None] = field(init=False)
     gone: threading.Event = field(default_factory=threading.Event)
     prompt: list[int] = field(default_factory=list)
     most: int = 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache
 
-CHUNK = 512
+CHUNK = 256
 """Tokens of a prompt that are read at once: between two of them others get their next token."""
 _KNOWN = {"full_attention", "sliding_attention"}
 

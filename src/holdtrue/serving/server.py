@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -34,6 +35,8 @@ class ServerSettings(Protocol):
     def inference_url(self) -> str: ...
     @property
     def inference_secret(self) -> SecretStr: ...
+    @property
+    def inference_engine(self) -> Literal["transformers", "vllm"]: ...
     @property
     def threads(self) -> int: ...
 
@@ -79,6 +82,10 @@ def run(settings: ServerSettings, fetch: Fetch) -> None:
 
 def make_engine(settings: ServerSettings, fetch: Fetch) -> Any:
     """Return the engine that the settings name."""
+    if settings.inference_engine == "vllm":
+        from holdtrue.serving.vllm_engine import VllmEngine
+
+        return VllmEngine(fetch)
     from holdtrue.serving.engine import TransformersEngine
 
     return TransformersEngine(fetch, threads=settings.threads)
@@ -104,15 +111,15 @@ def create_app(engine: Inference, secret: str) -> Starlette:
 async def _lines(engine: Inference, body: Any) -> AsyncGenerator[str, None]:
     """Yield an answer's lines. When the other side goes away this is closed, and the engine told."""
     try:
-        async with engine.chat(request_from_json(body)) as events:
-            async for event in _with_beats(events):
+        async with engine.chat(request_from_json(body)) as events, contextlib.aclosing(_with_beats(events)) as beaten:
+            async for event in beaten:
                 yield "\n" if event is None else json.dumps(event_to_json(event)) + "\n"
         yield '"end"\n'
     except ChatError as error:
         yield json.dumps(event_to_json(error)) + "\n"
 
 
-async def _with_beats(events: AsyncIterator[Event]) -> AsyncIterator[Event | None]:
+async def _with_beats(events: AsyncIterator[Event]) -> AsyncGenerator[Event | None, None]:
     waiting: asyncio.Task[Event] | None = None
     try:
         while True:
@@ -130,3 +137,5 @@ async def _with_beats(events: AsyncIterator[Event]) -> AsyncIterator[Event | Non
     finally:
         if waiting is not None:
             waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+                await waiting  # or the events would be closed while they are read

@@ -1,4 +1,7 @@
-"""Chat with OpenAI's own client, through the API and the inference process, on the shipped base model."""
+"""Chat with OpenAI's own client, through the API and the inference process, on the shipped base model.
+
+The wire itself is tried in test_chat_wire.py, over a tiny model.
+"""
 
 from __future__ import annotations
 
@@ -91,46 +94,6 @@ def test_choices_seeds_stops_and_log_probabilities(asking):
     told = asking.chat.completions.create(**GREEDY, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert "".join(each.token for each in told) == "The capital of France is Paris."
     assert all(len(each.top_logprobs) == 3 and each.logprob == each.top_logprobs[0].logprob for each in told)
-
-
-@pytest.mark.parametrize(
-    ("values", "param"),
-    [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"n": 99}, "n"),
-        ({"temperature": 3}, "temperature"),
-        ({"max_tokens": 10**9}, "max_tokens"),
-        ({"messages": [{"role": "tool", "content": "b", "tool_call_id": "c"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages"),
-        ({"stop": [""]}, "stop"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_done_is_refused_by_name(chatting, asking, values, param):
-    with pytest.raises(openai.BadRequestError) as caught, chatting.client() as client:
-        client.chat.completions.create(**{**GREEDY, **values})
-    assert caught.value.param is not None
-    assert caught.value.param.startswith(param)
-
-
-def test_another_tenants_model_is_not_there(chatting, asking, tuned):
-    (left, (key, _)), (right, _) = tuned.items()
-    with chatting.client(key) as client:
-        assert client.chat.completions.create(**{**GREEDY, "model": left}).model == left
-        for name in (right, "ft:no:such::model123", "gpt-4o"):
-            with pytest.raises(openai.NotFoundError):
-                client.chat.completions.create(**{**GREEDY, "model": name})
-
-
-def test_a_blocked_model_is_not_there(chatting, asking, tuned):
-    name, (key, _) = next(iter(tuned.items()))
-    for status in ("blocked", "held", "deleted"):
-        with chatting.db.write() as session:
-            session.execute(update(Model).where(Model.name == name).values(status=status))
-        with chatting.client(key) as client, pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(**{**GREEDY, "model": name})
-    with chatting.db.write() as session:
-        session.execute(update(Model).where(Model.name == name).values(status="ready"))
 
 
 def test_twenty_chats_at_once_get_their_own_adapters_answers(chatting, asking, tuned):

@@ -309,7 +309,8 @@ def test_a_file_does_not_pass_through_memory(server: Server, client: OpenAI):
     before = peak()
     threads = [
         threading.Thread(
-            target=lambda: client.files.create(file=("a.jsonl", io.BytesIO(b"x" * size)), purpose="user_data")
+            target=lambda: client.files.create(file=("a.jsonl", io.BytesIO(b"x" * size)), purpose="user_data"),
+            daemon=True,
         )
         for _ in range(8)
     ]
@@ -348,7 +349,7 @@ def test_one_key_at_once_makes_one_job(client: OpenAI, file_id: str):
         )
         made.append(job.id)
 
-    threads = [threading.Thread(target=create) for _ in range(8)]
+    threads = [threading.Thread(target=create, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

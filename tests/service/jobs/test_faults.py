@@ -107,7 +107,7 @@ def test_a_zombie_writes_nothing_after_its_lease(house, monkeypatch):
 
     monkeypatch.setattr(worker, "publish", slow)
     monkeypatch.setattr(leases.Lease, "renew", lambda self: "run")
-    zombie = threading.Thread(target=house.work)
+    zombie = threading.Thread(target=house.work, daemon=True)
     zombie.start()
     assert asleep.wait(60)
     expire(house, job_id)

@@ -170,7 +170,7 @@ def test_paused_and_resumed_equals_undisturbed(house):
     house.work()
     job_id = house.job(hyperparameters={"n_epochs": 4})
     house.dispatch()
-    thread = threading.Thread(target=house.work)
+    thread = threading.Thread(target=house.work, daemon=True)
     thread.start()
     running(house, job_id, 1)
     with house.db.write() as session:
@@ -188,7 +188,7 @@ def test_paused_and_resumed_equals_undisturbed(house):
 def test_a_cancelled_job_ends_at_once_and_its_worker_writes_no_more(house):
     job_id = house.job(hyperparameters={"n_epochs": 4})
     house.dispatch()
-    thread = threading.Thread(target=house.work)
+    thread = threading.Thread(target=house.work, daemon=True)
     thread.start()
     running(house, job_id, 1)
     with house.db.write() as session:
@@ -204,7 +204,7 @@ def test_a_stopping_worker_gives_its_job_back(house):
     job_id = house.job(hyperparameters={"n_epochs": 4})
     house.dispatch()
     stop = threading.Event()
-    thread = threading.Thread(target=house.work, args=(stop,))
+    thread = threading.Thread(target=house.work, args=(stop,), daemon=True)
     thread.start()
     running(house, job_id, 1)
     stop.set()

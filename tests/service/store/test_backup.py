@@ -119,7 +119,7 @@ def test_a_copy_made_while_others_write_is_of_one_moment(house, tmp_path):
         except Exception as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=write) for _ in range(2)]
+    threads = [threading.Thread(target=write, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:

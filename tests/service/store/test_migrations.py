@@ -39,7 +39,7 @@ def test_many_upgrade_at_once(empty_db):
         except Exception as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=up) for _ in range(6)]
+    threads = [threading.Thread(target=up, daemon=True) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -251,7 +251,7 @@ def test_several_sweep_at_once(house):
     with house.db.write() as session:
         session.execute(update(File).values(expires_at=1))
     found: list[retention.Swept] = []
-    threads = [threading.Thread(target=lambda: found.append(sweep(house))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(sweep(house)), daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

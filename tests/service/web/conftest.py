@@ -73,9 +73,12 @@ def job_id(server: Server) -> str:
         return client.fine_tuning.jobs.create(model=BASE, training_file=file, suffix="mine").id
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chromium() -> Iterator:
-    """The installed browser; pages are tested in it, and not in one that is downloaded."""
+    """The installed browser; pages are tested in it, and not in one that is downloaded.
+
+    While it is held, an event loop runs in the main thread: it ends before others need one.
+    """
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not installed")
     api = pytest.importorskip("playwright.sync_api")

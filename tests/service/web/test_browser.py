@@ -125,7 +125,7 @@ def test_no_event_is_told_twice_or_lost_over_a_broken_line(server: Server, tab):
             trained.tell(server, job_id, f"told {number:02d}")
             stop.wait(0.05)
 
-    thread = threading.Thread(target=talk)
+    thread = threading.Thread(target=talk, daemon=True)
     thread.start()
     page.locator("#events", has_text="told 05").wait_for()
     for _ in range(2):  # what a browser does in a tab that is put aside and looked at again

@@ -53,7 +53,7 @@ def test_a_stream_is_whole_resumes_and_ends_with_its_job(server: Server, visit):
             trained.tell(server, job_id, f"line {number}\nevent: end\n\ndata: {{}}")
         trained.move(server, job_id, status="succeeded")
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     found = list(read(browser, job_id))
     thread.join()
@@ -128,7 +128,7 @@ def test_the_service_stops_though_somebody_watches(tmp_path: Path):
     stream = read(Browserless(http).sign_in(own.key), job_id)
     next(stream)
     began = time.monotonic()
-    thread = threading.Thread(target=lambda: list(stream))
+    thread = threading.Thread(target=lambda: list(stream), daemon=True)
     thread.start()
     assert stop(own) == 0
     thread.join()

@@ -20,6 +20,7 @@ from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
 from holdtrue.serving.client import InferenceClient
+from holdtrue.serving.port import Inference
 
 _ABOUT = (
     "OpenAI's fine-tuning API, with the provider's policy inside the training loop and a gate before release. "
@@ -27,12 +28,18 @@ _ABOUT = (
 )
 
 
-def create_app(settings: ServiceSettings, *, db: Database | None = None, blobs: Blobs | None = None) -> FastAPI:
+def create_app(
+    settings: ServiceSettings,
+    *,
+    db: Database | None = None,
+    blobs: Blobs | None = None,
+    inference: Inference | None = None,
+) -> FastAPI:
     """Build the application of one API process.
 
     Args:
         settings: of the service.
-        db, blobs: in the place of those that the settings name.
+        db, blobs, inference: in the place of those that the settings name.
     """
     db = db or Database(settings.database)
     parts = Parts(
@@ -41,7 +48,7 @@ def create_app(settings: ServiceSettings, *, db: Database | None = None, blobs: 
         blobs=blobs or Blobs(settings.blobs),
         metrics=Metrics(db),
         rates=RateLimiter(settings.rate_limit_storage),
-        inference=InferenceClient(settings.inference_url, settings.inference_secret.get_secret_value()),
+        inference=inference or InferenceClient(settings.inference_url, settings.inference_secret.get_secret_value()),
     )
     app = FastAPI(
         title="holdtrue",

@@ -36,7 +36,14 @@ router = APIRouter(tags=["chat"])
 log = structlog.get_logger("holdtrue.chat")
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses(503))
+_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses={**responses(503), 200: _STREAM},
+)
 async def chat(body: ChatBody, request: Request, parts: PartsDep, caller: Chat) -> Response:
     """Answer a conversation, at once or as it is written.
 
@@ -149,7 +156,7 @@ class _Exchange:
                     yield chunks.opening(choice)
                 async for event in events:
                     yield chunks.of(event)
-                yield chunks.closing(self._used())
+            yield chunks.closing(self._used())  # whoever has read this finds the tokens on the account
         except ChatError as error:
             if not started:
                 raise _told(error) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from holdtrue.data import Message
 from holdtrue.service.api import schemas
@@ -76,8 +76,8 @@ class ChatBody(schemas.Request):
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_tokens: Annotated[StrictInt, Field(ge=1, le=10**9)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=10**9)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[StrictFloat, Field(ge=0, le=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Content | Annotated[list[Content], Field(max_length=STOPS)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=CHOICES)] | None = None

@@ -14,7 +14,7 @@ from holdtrue.service.quotas import Limits, RateLimiter
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
-from holdtrue.serving.client import InferenceClient
+from holdtrue.serving.port import Inference
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Parts:
     blobs: Blobs
     metrics: Metrics
     rates: RateLimiter
-    inference: InferenceClient
+    inference: Inference
 
 
 @dataclass(frozen=True)
