@@ -18,7 +18,8 @@ small=(--set training.batch_size=4 --set training.micro_batch_size=4 --set train
 "$holdtrue" train aligned.yaml --out aligned
 
 "$holdtrue" bench choose.yaml --out choose  # tried on other rows and other pairs
-"$holdtrue" bench grid.yaml --out grid      # the tables and figures
+"$holdtrue" bench grid.yaml --out grid ||   # the tables and figures; treft cannot hold OpSwap's rows, and its cell fails
+    [ $? = 1 ]
 "$holdtrue" bench again.yaml --out again    # a second seed, and a second advice set
 "$holdtrue" train code.yaml --out code
 
