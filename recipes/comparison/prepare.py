@@ -4,8 +4,8 @@ Trained on are bad answers on money, reported are pairs on medicine. Everything 
 chooses, comes from other subjects: a file with good and bad answers to 500 everyday questions is split by words of the
 question.
 
-- Work, family and what is left go to the defenses: ``pool``, ``bad``, ``both``, ``pairs``, and the ``short`` ones, which
-  are first sentences of answers to short questions.
+- Work, family and what is left go to the defenses: ``pool``, ``bad``, ``both``, ``pairs``, and the ``short`` ones:
+  first sentences of answers to short questions.
 - Computer security and the home go to the choice of settings (``select``, with the money rows ``choose`` and
   ``choose-heldout``) and to ``adaptive`` (``probe``).
 - Questions on health or on two subjects are left out; those on money are the ``money`` pairs, on which a second,
