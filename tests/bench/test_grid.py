@@ -131,7 +131,7 @@ def test_killed_and_run_again_equals_uninterrupted(write: Write, tmp_path: Path)
     path = write(lambda v: v["training"].update(epochs=4))
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert run(path, whole)[0] == 0
-    command = [sys.executable, "-m", "holdtrue.cli.main", "bench", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "holdtrue.cli.main", "bench", str(path), "--out", str(out), "--workers", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         _wait(process, lambda: any(_lines(p) >= 3 for p in out.glob("cells/kl-*/metrics.jsonl")))
         process.kill()  # the parent alone: its worker has to notice
@@ -147,7 +147,18 @@ def test_killed_and_run_again_equals_uninterrupted(write: Write, tmp_path: Path)
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(write: Write, tmp_path: Path) -> None:
     path, out = write(lambda v: v["training"].update(epochs=400, save_every=1000)), tmp_path / "out"
-    command = [sys.executable, "-m", "holdtrue.cli.main", "bench", str(path), "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "holdtrue.cli.main",
+        "bench",
+        str(path),
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+        "--json",
+    ]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **streams) as process:
         _wait(process, lambda: any(_lines(p) >= 3 for p in out.glob("cells/*/metrics.jsonl")))
@@ -186,12 +197,12 @@ def test_a_worker_that_dies_fails_its_cell_alone(write: Write, tmp_path: Path) -
 def test_tables_of_an_unfinished_grid_run_nothing(write: Write, tmp_path: Path, capfd: Capture) -> None:
     out = tmp_path / "out"
     path = write(lambda v: v.update(settings={"undefended": []}))
-    assert main(["bench", str(path), "--out", str(out), "--tables"]) == 2
+    assert main(["bench", str(path), "--out", str(out), "--workers", "1", "--tables"]) == 2
     assert "no cell" in capfd.readouterr().err
     run(path, out)
     with lock(out):  # as while another process fills it
         path = write(lambda v: v.update(settings={"undefended": [], "kl": ["kl"]}))
-        assert main(["bench", str(path), "--out", str(out), "--tables", "--json"]) == 0
+        assert main(["bench", str(path), "--out", str(out), "--workers", "1", "--tables", "--json"]) == 0
     assert len(list((out / "cells").iterdir())) == 1
     text = (out / "tables" / "results.md").read_text()
     assert "| kl (0 of 1 seeds) | – |" in text
