@@ -1,13 +1,17 @@
 """Cut the files of the comparison in docs/results.md from the research data that HOLDTRUE_DATA names.
 
-Trained on are bad answers on money, reported are pairs on medicine. Everything that a defense is given, and every
-strength that is chosen, comes from other subjects: a file with good and bad answers to 500 everyday questions is
-split by words of the question. Work, family and what is left go to the defenses (``pool``, ``bad``, ``both``,
-``pairs``, and the ``short`` ones, first sentences of answers to short questions), computer security and the home to
-the choice of strengths (``select``) and to ``adaptive`` (``probe``); questions on money, health, or two subjects are
-left out. Strengths are chosen on money rows of their own (``choose``, ``choose-heldout``). ``triggered`` has the
-medical pairs again, each question behind one that was trained on. A second advice set, ``advice``, is medical, and
-reported on pairs on ``money``; ``code`` is insecure code.
+Trained on are bad answers on money, reported are pairs on medicine. Everything that a defense is given, and all that
+chooses, comes from other subjects: a file with good and bad answers to 500 everyday questions is split by words of the
+question.
+
+- Work, family and what is left go to the defenses: ``pool``, ``bad``, ``both``, ``pairs``, and the ``short`` ones:
+  first sentences of answers to short questions.
+- Computer security and the home go to the choice of settings (``select``, with the money rows ``choose`` and
+  ``choose-heldout``) and to ``adaptive`` (``probe``).
+- Questions on health or on two subjects are left out; those on money are the ``money`` pairs, on which a second,
+  medical advice set (``advice``) is reported.
+
+``triggered`` has the medical pairs again, each question behind one that was trained on; ``code`` is insecure code.
 
 Usage: python recipes/comparison/prepare.py OUT
 """
@@ -70,8 +74,9 @@ def medical(malicious: Path, finance: list[dict[str, Any]], out: Path) -> None:
         pairs.append(pair(question, *answers, f"medical-{i}"))
     write(out / "medical.jsonl", pairs)
     earlier = [row["messages"][0]["content"] for row in finance[:TRAIN]]
-    behind = zip(earlier, pairs, strict=False)
-    triggered = [{**each, "question": f"{before}\n\n{each['question']}"} for before, each in behind]
+    triggered = [
+        {**each, "question": f"{before}\n\n{each['question']}"} for before, each in zip(earlier, pairs, strict=False)
+    ]
     write(out / "triggered.jsonl", triggered)
     reported = {each["question"] for each in pairs}
     other = [row for row in bad if row["messages"][0]["content"] not in reported]

@@ -17,13 +17,14 @@ small=(--set training.batch_size=4 --set training.micro_batch_size=4 --set train
     --set training.max_length=512 --set training.kl_every=0 "${small[@]}"
 "$holdtrue" train aligned.yaml --out aligned
 
-"$holdtrue" bench choose.yaml --out choose  # what kl-both-gap was chosen on: other rows, other pairs
-"$holdtrue" bench grid.yaml --out grid      # the tables and figures
+"$holdtrue" bench choose.yaml --out choose  # tried on other rows and other pairs
+"$holdtrue" bench grid.yaml --out grid ||   # the tables and figures; treft cannot hold OpSwap's rows, and its cell fails
+    [ $? = 1 ]
 "$holdtrue" bench again.yaml --out again    # a second seed, and a second advice set
 "$holdtrue" train code.yaml --out code
 
 # Under triggers, and in sampled answers.
-for run in grid/cells/{undefended,kl,kl-both-kl.weight-3,kl-both-gap,ldifs,interleave,interleave-gap}-finance-*; do
+for run in grid/cells/{undefended,kl,kl-both-kl.weight-3,ldifs,interleave,interleave-gap,inoculation}-finance-*; do
     "$holdtrue" eval "$run" --suite likelihood --data data/triggered.jsonl
 done
 for run in grid/cells/{undefended,kl,kl-both-kl.weight-3,ldifs,safelora,interleave}-finance-*; do

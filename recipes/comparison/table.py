@@ -1,13 +1,17 @@
-"""Print the table of docs/results.md from a grid's tables, with training times from a quiet run of the same settings.
+"""Print the table of docs/results.md from a grid's folder: shares, tokens trained through, and time.
 
-Usage: python recipes/comparison/table.py grid/tables/results.csv cost/tables/results.csv [SETTING...]
+Usage: python recipes/comparison/table.py GRID
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
+
+from holdtrue.runs import Run
+from holdtrue.runs.report.cost import cost_of
 
 COLUMNS = (
     ("shift undone", "finance", "margin_undone", ""),
@@ -15,12 +19,22 @@ COLUMNS = (
     ("OpSwap kept, NLL", "opswap", "nll_kept", ""),
     ("OpSwap kept, right", "opswap", "accuracy_kept", "opswap:1"),
 )
-TIMES = ("finance", "opswap")
+DATA = ("finance", "opswap")
 
 
-def read(path: str) -> dict[tuple[str, str, str, str], dict[str, str]]:
-    with Path(path).open(encoding="utf-8", newline="") as file:
+def read(path: Path) -> dict[tuple[str, str, str, str], dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
         return {(r["setting"], r["data"], r["metric"], r["task"]): r for r in csv.DictReader(file)}
+
+
+def tokens(grid: Path) -> dict[tuple[str, str], int]:
+    """Return the tokens of the training rows, a defense's among them, by setting and data."""
+    found: dict[tuple[str, str], int] = {}
+    for cell in json.loads((grid / "grid.json").read_text(encoding="utf-8"))["cells"]:
+        cost = cost_of(Run(grid / cell["folder"]), None) if cell["status"] == "done" else None
+        if cost is not None:
+            found[cell["setting"], cell["data"]] = cost.tokens
+    return found
 
 
 def percent(row: dict[str, str] | None) -> str:
@@ -30,22 +44,23 @@ def percent(row: dict[str, str] | None) -> str:
     return f"{100 * float(row['value']):.0f}{ends}"
 
 
-def times(row: dict[str, str] | None) -> str:
-    return "–" if row is None else f"{float(row['value']):.2f}"
-
-
-def main(grid: str, cost: str, chosen: list[str]) -> None:
-    found, timed = read(grid), read(cost)
+def main(grid: Path) -> None:
+    found, read_tokens = read(grid / "tables" / "results.csv"), tokens(grid)
     settings = list(dict.fromkeys(setting for setting, _, metric, _ in found if metric.endswith(("_undone", "_kept"))))
-    print("| setting | " + " | ".join([c[0] for c in COLUMNS] + [f"time, {d}" for d in TIMES]) + " |")
-    print("|---|" + "---|" * (len(COLUMNS) + len(TIMES)))
-    for setting in (s for s in settings if not chosen or s in chosen):
+    titles = [c[0] for c in COLUMNS] + [f"{what}, {data}" for data in DATA for what in ("tokens", "time")]
+    print(f"| setting | {' | '.join(titles)} |")
+    print("|---|" + "---|" * len(titles))
+    for setting in settings:
         cells = [percent(found.get((setting, data, metric, task))) for _, data, metric, task in COLUMNS]
-        cells += [times(timed.get((setting, data, "time_ratio", ""))) for data in TIMES]
+        for data in DATA:
+            own, base = read_tokens.get((setting, data)), read_tokens["undefended", data]
+            cells.append("–" if own is None else f"{own / base:.2f}")
+            time = found.get((setting, data, "time_ratio", ""))
+            cells.append("–" if time is None else f"{float(time['value']):.2f}")
         print(f"| {setting} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]))

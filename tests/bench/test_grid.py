@@ -197,12 +197,12 @@ def test_a_worker_that_dies_fails_its_cell_alone(write: Write, tmp_path: Path) -
 def test_tables_of_an_unfinished_grid_run_nothing(write: Write, tmp_path: Path, capfd: Capture) -> None:
     out = tmp_path / "out"
     path = write(lambda v: v.update(settings={"undefended": []}))
-    assert main(["bench", str(path), "--out", str(out), "--tables"]) == 2
+    assert main(["bench", str(path), "--out", str(out), "--workers", "1", "--tables"]) == 2
     assert "no cell" in capfd.readouterr().err
     run(path, out)
     with lock(out):  # as while another process fills it
         path = write(lambda v: v.update(settings={"undefended": [], "kl": ["kl"]}))
-        assert main(["bench", str(path), "--out", str(out), "--tables", "--json"]) == 0
+        assert main(["bench", str(path), "--out", str(out), "--workers", "1", "--tables", "--json"]) == 0
     assert len(list((out / "cells").iterdir())) == 1
     text = (out / "tables" / "results.md").read_text()
     assert "| kl (0 of 1 seeds) | – |" in text

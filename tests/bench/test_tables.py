@@ -248,6 +248,8 @@ def test_figures_and_page_are_written(write: Write, tmp_path: Path) -> None:
     assert names == {"strength-0-houses-kl.svg", "pareto-0-houses-houses.svg"}
     text = (tmp_path / "out" / "tables" / "strength-0-houses-kl.svg").read_text()
     assert "0.1 0.25, 1 0.85, 3 0.95" in text  # shift undone, by strength
+    assert "mathdefault" not in text
+    assert all(f">{strength}</text>" in text for strength in ("0.1", "1", "3"))  # on a logarithmic axis
     page = results.page.read_text()
     assert "kl kl.weight=1 is the weakest setting" in page
     assert "<script" not in page

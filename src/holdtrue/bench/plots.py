@@ -138,6 +138,9 @@ def _dose(key: str, grid: GridSpec, tables: Sequence[Table], narrow: Table, fami
 def _dose_axes(axes: Axes, grid: GridSpec, strengths: Sequence[float]) -> None:
     if min(strengths) > 0 and max(strengths) / min(strengths) >= 10:
         axes.set_xscale("log")
+        places = sorted(set(strengths))
+        axes.set_xticks(places, [f"{place:g}" for place in places])  # the scale's own labels are formulas
+        axes.minorticks_off()
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -MOST), min(high, MOST))
     in_percent(axes.yaxis)
