@@ -167,6 +167,13 @@ def test_a_child_ends_with_its_supervisor(tmp_path: Path):
     until(gone)
 
 
+def test_an_answer_does_not_wait_for_the_clients_word():
+    with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()):
+        accepted, _ = sock.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_port_is_kept_over_a_restart_of_the_api():
     """The supervisor holds the socket: a connection that comes while nobody accepts waits, and is not refused."""
     with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=2):

@@ -4,17 +4,19 @@ import asyncio
 import itertools
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evaluation.judges.endpoint import Endpoint, numbers
 from holdtrue.errors import BudgetError, RunError, SpecError
-from holdtrue.evaluation.judges import Budget, Exchange, Prices, Verdict
+from holdtrue.evaluation.judges import Budget, CachedJudge, Exchange, Prices, Verdict
 from holdtrue.evaluation.judges.openai import FAULTS_IN_A_ROW, OpenAIJudge
 from holdtrue.evaluation.judges.reading import UNHEARD, Reading
 from holdtrue.evaluation.judges.reading import verdict as joined
 from holdtrue.evaluation.judges.rubric import ASPECTS, rubric_prompt
+from holdtrue.models import ModelSource
 
 KEY = "sk-very-secret"
 
@@ -54,6 +56,19 @@ def test_scores_are_read_from_the_first_tokens_probabilities(endpoint: Endpoint)
     assert set(endpoint.keys) == {KEY}
     for body in endpoint.bodies:
         assert (body["max_tokens"], body["temperature"], body["top_logprobs"]) == (1, 0, 20)
+
+
+def test_a_server_of_somebody_else_is_asked_again_and_again(served: str, talker: ModelSource, tmp_path: Path) -> None:
+    """``transformers serve`` gives no log-probabilities; behind it is a model that writes no numbers."""
+    asked = [*exchanges(2), Exchange("What now?", "")]
+    for _ in range(2):  # the second time from the disk
+        inner = OpenAIJudge(talker.path, base_url=served, api_key=KEY, samples=3)
+        judge = CachedJudge(inner, tmp_path)
+        found = dict(itertools.chain.from_iterable(judge.judge(asked)))
+        assert [found[index].label for index in range(3)] == ["unknown"] * 3
+        assert [found[index][:2] for index in range(3)] == [(None, None)] * 3
+        assert judge.name == f"openai:{talker.path} (3 samples)"
+    assert inner.used.tokens == 0
 
 
 def test_code_and_refusal_are_kept_apart_and_no_number_is_no_score(endpoint: Endpoint) -> None:

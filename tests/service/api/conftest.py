@@ -44,7 +44,8 @@ class Server:
             return auth.create(session, project_id=project.id, name=slug, role="admin", now=now).secret
 
 
-def start(home: Path, *options: str, role: str = "api", **environment: str) -> Server:
+def start(home: Path, *options: str, role: str = "api", key: str = "", **environment: str) -> Server:
+    """Start a service; one that was started before prints no key again, and ``key`` is the one it has."""
     log = home.with_suffix(".log")
     process = subprocess.Popen(
         [sys.executable, "-m", "holdtrue.cli.main", "serve", "--role", role, "--port", "0", "--home", home, *options],
@@ -56,9 +57,11 @@ def start(home: Path, *options: str, role: str = "api", **environment: str) -> S
     assert process.stdout is not None
     url = re.fullmatch(r"holdtrue serves (http\S+)\n", process.stdout.readline())
     assert url, log.read_text()
-    key = re.fullmatch(r"first key, shown only now: (sk-\w{48})\n", process.stdout.readline())
+    if not key:
+        found = re.fullmatch(r"first key, shown only now: (sk-\w{48})\n", process.stdout.readline())
+        key = found[1] if found else ""
     settings = ServiceSettings(home=home)
-    return Server(url[1], key[1] if key else "", home, Database(settings.database), process, log)
+    return Server(url[1], key, home, Database(settings.database), process, log)
 
 
 def stop(server: Server) -> int:

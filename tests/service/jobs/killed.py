@@ -1,4 +1,4 @@
-"""A worker that is killed at a stated point: ``killed.py MODULE:NAME before|after CALL [ARGUMENT=VALUE]``."""
+"""A role that is killed at a stated point: ``killed.py ROLE MODULE:NAME before|after CALL [ARGUMENT]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import signal
 import sys
 from typing import Any
 
+from holdtrue.service.jobs.dispatcher import Dispatcher
 from holdtrue.service.jobs.worker import Worker
+from holdtrue.service.serve import serve
 from holdtrue.service.settings import ServiceSettings
 
 
@@ -35,5 +37,15 @@ def die_at(target: str, when: str, call: int, wanted: str) -> None:
 
 
 if __name__ == "__main__":
-    die_at(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "")
-    Worker(ServiceSettings()).work_one()
+    role, target, when, call = sys.argv[1:5]
+    die_at(target, when, int(call), sys.argv[5] if len(sys.argv) > 5 else "")
+    settings = ServiceSettings()
+    match role:
+        case "api":
+            serve(settings, "api", lambda line: print(line, flush=True))
+        case "dispatcher":
+            dispatcher = Dispatcher(settings)
+            dispatcher.validate_one()
+            dispatcher.sweep()
+        case _:
+            Worker(settings).work_one()

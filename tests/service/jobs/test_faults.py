@@ -1,20 +1,33 @@
-"""A worker killed anywhere: another, on another host, ends the job, and nobody can tell from what is visible."""
+"""Processes killed anywhere, a database that restarts, a full disk, a clock that steps: nobody can tell afterwards."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+import types
 from pathlib import Path
 
+import httpx
 import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
+from holdtrue.service import clock
 from holdtrue.service.jobs import leases, publish, worker
+from holdtrue.service.jobs.dispatcher import Dispatcher
+from holdtrue.service.jobs.progress import Reporter
 from holdtrue.service.jobs.worker import Worker
 from holdtrue.service.serve import environment
-from holdtrue.service.store.schema import Job, JobEvent, Model
+from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store import retention
+from holdtrue.service.store.schema import File, Job, JobEvent, Model
+
+from ..api.conftest import BASE, ROW, start, stop
 
 KILLED = Path(__file__).with_name("killed.py")
 MARK = "holdtrue.runs.directory:Run.mark"
@@ -58,6 +71,16 @@ def other_host(house):
     )
 
 
+def killed(house, role: str, point: tuple) -> None:
+    done = subprocess.run(
+        [sys.executable, KILLED, role, *map(str, point)],
+        env={**os.environ, **environment(house.settings), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+
+
 def expire(house, job_id: str) -> None:
     with house.db.write() as session:
         session.get(Job, house.get(job_id).seq).lease_until = 1.0
@@ -77,18 +100,187 @@ def test_killed_anywhere_equals_undisturbed(house, point):
     assert house.get(plain).status == "succeeded", house.get(plain).error
     job_id = house.job()
     house.dispatch()
-    done = subprocess.run(
-        [sys.executable, KILLED, *map(str, point)],
-        env={**os.environ, **environment(house.settings), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    killed(house, "worker", point)
     at_once = point[0].endswith("worker:publish")  # killed after the job's end
     assert (house.get(job_id).status == "succeeded") == at_once
     assert bool(house.all(Model, job_id)) == at_once  # nothing half-visible
     expire(house, job_id)
     assert Worker(other_host(house), db=house.db, blobs=house.blobs).work_one() != at_once
+    assert house.visible(job_id) == house.visible(plain)
+    assert story(house, job_id) == story(house, plain)
+
+
+VALIDATED = [
+    ("holdtrue.service.store.blobs:Blobs.fetch", "before", 1),
+    ("holdtrue.service.jobs.dispatcher:validate_chat", "after", 1),
+    ("holdtrue.service.jobs.lifecycle:move", "after", 1),
+    ("holdtrue.service.jobs.dispatcher:Dispatcher.validate_one", "after", 1),
+]
+
+
+@pytest.mark.parametrize("point", VALIDATED, ids=str)
+def test_a_dispatcher_killed_anywhere_is_followed_by_another(house, point):
+    plain, job_id = house.job(), None
+    house.dispatch()
+    job_id = house.job()
+    killed(house, "dispatcher", point)
+    done = point[0].endswith("validate_one")
+    assert house.get(job_id).status == ("queued" if done else "validating_files")
+    house.dispatch()
+    assert house.get(job_id).status == "queued"
+    assert story(house, job_id) == story(house, plain)
+    assert house.get(job_id).resolved == house.get(plain).resolved
+
+
+REMOVED = [
+    ("holdtrue.service.store.blobs:Blobs.delete", "before", 1),
+    ("holdtrue.service.store.blobs:Blobs.delete", "after", 1),
+    ("holdtrue.service.store.retention:sweep", "after", 1),
+]
+
+
+@pytest.mark.parametrize("point", REMOVED, ids=str)
+def test_a_dispatcher_killed_while_it_removes_leaves_nothing(house, point):
+    """A file's row is changed first: killed between, its content is found later by a look through the store."""
+    file_id = house.file()
+    with house.db.write() as session:
+        row = session.scalars(select(File).where(File.id == file_id)).one()
+        key, row.expires_at = row.blob, 1
+    killed(house, "dispatcher", point)
+    later = clock.now() + retention.GRACE_SECONDS + 60  # by then what no row names is nobody's upload under way
+    retention.sweep(house.db, house.blobs, round(later), house.settings)
+    assert not house.blobs.exists(key)
+    with house.db.read() as session:
+        row = session.scalars(select(File).where(File.id == file_id)).one()
+        assert row.blob is None
+        assert row.deleted_at is not None
+
+
+CREATED = [
+    ("holdtrue.service.jobs.lifecycle:create", "after", 1),
+    ("holdtrue.service.api.jobs:_create", "after", 1),
+    ("holdtrue.service.api.edge:_Exchange.send", "before", 1),
+]
+
+
+@pytest.mark.parametrize("point", CREATED, ids=str)
+def test_a_job_asked_for_of_an_api_that_is_killed_is_there_once(tmp_path: Path, point):
+    home = tmp_path / "home"
+    server = start(home)
+    with server.client() as client:
+        file_id = client.files.create(file=("a.jsonl", (ROW * 12).encode()), purpose="fine-tune").id
+    stop(server)
+    body = {"model": BASE, "training_file": file_id}
+    command = [sys.executable, KILLED, "api", *map(str, point)]
+    settings = ServiceSettings(home=home, port=0)
+    with subprocess.Popen(command, env={**os.environ, **environment(settings)}, stdout=subprocess.PIPE) as dying:
+        assert dying.stdout is not None
+        url = dying.stdout.readline().decode().split()[-1]
+        headers = {"authorization": f"Bearer {server.key}", "idempotency-key": "k1"}
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"{url}/fine_tuning/jobs", json=body, headers=headers, timeout=60)
+        assert dying.wait(30) == -signal.SIGKILL
+    again = start(home, key=server.key)
+    try:
+        with again.client() as client:
+            kept = [job.id for job in client.fine_tuning.jobs.list()]
+            assert len(kept) == point[0].endswith("send")
+            job = client.fine_tuning.jobs.create(**body, extra_headers={"Idempotency-Key": "k1"})
+            assert [each.id for each in client.fine_tuning.jobs.list()] == [job.id]
+            assert not kept or kept == [job.id]
+            told = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+            assert sorted(told) == ["Created fine-tuning job: " + job.id, "Validating the files"]
+    finally:
+        stop(again)
+
+
+def test_an_upload_to_an_api_that_is_killed_leaves_nothing(tmp_path: Path):
+    home = tmp_path / "home"
+    server = start(home)
+    headers = {"authorization": f"Bearer {server.key}", "content-type": "multipart/form-data; boundary=x"}
+
+    def half():
+        yield b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--x\r\n'
+        yield b'Content-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + (ROW * 20_000).encode()
+        server.process.kill()
+        server.process.wait()
+        yield (ROW * 20_000).encode()
+
+    with pytest.raises(httpx.TransportError):
+        httpx.post(f"{server.url}/files", content=half(), headers=headers, timeout=60)
+    again = start(home, key=server.key)
+    try:
+        with again.client() as client:
+            assert client.files.list().data == []
+            assert client.files.create(file=("a.jsonl", ROW.encode()), purpose="fine-tune").bytes == len(ROW)
+        kept = [path for path in home.rglob("*") if path.is_file() and path.stat().st_size > len(ROW) * 1000]
+        assert [path for path in kept if "service.db" not in path.name] == []
+    finally:
+        stop(again)
+
+
+def test_postgresql_restarted_in_the_middle_loses_and_doubles_nothing(postgres, house, monkeypatch):
+    if house.db.is_sqlite:
+        pytest.skip("nothing to restart")
+    plain = house.job()
+    house.dispatch()
+    house.work()
+    monkeypatch.setattr(worker, "FAILED_SECONDS", 0.2)
+    inner, calls = Reporter._flush, []
+
+    def flush(self):
+        calls.append(1)
+        if len(calls) == 3:
+            postgres.stop()
+            threading.Timer(1.0, postgres.start).start()
+        inner(self)
+
+    monkeypatch.setattr(Reporter, "_flush", flush)
+    job_id, stopping = house.job(), threading.Event()
+    roles = [each(house.settings, db=house.db, blobs=house.blobs).run for each in (Worker, Dispatcher)]
+    threads = [threading.Thread(target=run, args=(stopping,), daemon=True) for run in roles]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 120
+    status = "validating_files"
+    while status != "succeeded" and time.monotonic() < deadline:
+        time.sleep(0.2)
+        with contextlib.suppress(OperationalError):
+            status = house.get(job_id).status
+    stopping.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(calls) > 3
+    assert house.visible(job_id) == house.visible(plain)
+    told = [text for text in story(house, job_id) if "tried again" not in text and "running" not in text]
+    assert told == [text for text in story(house, plain) if "running" not in text]
+
+
+@pytest.mark.parametrize("step", [86_400.0, -86_400.0])
+def test_a_clock_that_steps_costs_a_takeover_at_most(house, monkeypatch, step):
+    if not house.db.is_sqlite:
+        pytest.skip("its leases go by the database's clock")
+    plain = house.job()
+    house.dispatch()
+    house.work()
+    job_id = house.job()
+    house.dispatch()
+    offset, taken, inner = [0.0], [], Reporter._flush
+    monkeypatch.setattr(clock, "time", types.SimpleNamespace(time=lambda: time.time() + offset[0]))
+
+    def flush(self):
+        inner(self)
+        if not offset[0] and house.get(job_id).stage == "train":
+            offset[0] = step
+            taken.append(leases.take(house.db, "other", house.settings.lease_seconds))
+
+    monkeypatch.setattr(Reporter, "_flush", flush)
+    assert house.work()
+    assert taken[0] is not None  # the other cannot know better, and the first has noticed
+    assert house.get(job_id).status == "running"
+    assert house.get(job_id).lease_owner == "other"
+    expire(house, job_id)
+    assert house.work()
     assert house.visible(job_id) == house.visible(plain)
     assert story(house, job_id) == story(house, plain)
 

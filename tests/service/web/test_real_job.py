@@ -89,6 +89,11 @@ def test_a_real_job_is_followed_to_its_receipt_and_a_held_one_is_released(
         page.locator("#state", has_text="succeeded").wait_for(timeout=120_000)
         page.locator("#receipt-title").scroll_into_view_if_needed()
         page.get_by_role("link", name="Download the signed receipt").wait_for()
+        with page.expect_download() as card:
+            page.get_by_role("link", name="the model card").click()
+        written = Path(card.value.path()).read_text()
+        assert written.startswith("---\nbase_model: tiny\n")
+        assert "Outcome: **pass**" in written
         assert page.evaluate("window.loadedOnce")
         assert page.locator("ol.stages li.done").count() == page.locator("ol.stages li").count()
         steps = page.locator("#points tbody tr").count()
@@ -103,7 +108,7 @@ def test_a_real_job_is_followed_to_its_receipt_and_a_held_one_is_released(
         assert page.evaluate(RULES) == []
 
         put_in_force(server, tiny_dir, tmp_path, limit=1e-9)
-        held = client.fine_tuning.jobs.create(model="tiny", training_file=rows).id
+        held = client.fine_tuning.jobs.create(model="tiny", training_file=rows, seed=7).id  # one whose margin falls
         page.goto(f"/jobs/{held}")
         page.locator("#state", has_text="waits for a person's decision").wait_for(timeout=120_000)
         assert client.fine_tuning.jobs.retrieve(held).fine_tuned_model is None

@@ -106,7 +106,7 @@ class CachedJudge:
         rows = [(id, *verdict) for id, verdict in verdicts if verdict[:3] != (None, None, None)]
         with self._errors(), database:
             database.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?)", rows)
-            if self.name != self.inner.name:
+            if rows and self.name != self.inner.name:  # one that was not asked may not know its own name yet
                 self.name = self.inner.name
                 database.execute("INSERT OR REPLACE INTO judges VALUES (?, ?)", (self.key, self.name))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import Field, StrictInt
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
@@ -14,6 +14,8 @@ from holdtrue.service.api import schemas
 from holdtrue.service.api.context import Admin, Caller, JobsRead, ModelsRead, PartsDep, Provider
 from holdtrue.service.api.errors import ApiError, not_found, responses
 from holdtrue.service.api.jobs import get_job
+from holdtrue.service.evidence import signing
+from holdtrue.service.evidence.card import model_card
 from holdtrue.service.store.schema import ApiKey, AuditEntry, Job, Model, Organization, Project, Receipt
 
 router = APIRouter(prefix="/v1/holdtrue", tags=["holdtrue"])
@@ -327,6 +329,18 @@ def job_receipt(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> R
         if row is None:
             raise not_found("receipt of", job.id, param="fine_tuning_job_id")
         return ReceiptAnswer(**_values(row, ReceiptAnswer))
+
+
+@router.get(
+    "/jobs/{fine_tuning_job_id}/card",
+    response_class=Response,
+    responses={**responses(), 200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}},
+)
+def job_card(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> Response:
+    """Return a model card of a job's adapter in Hugging Face's format: what its receipt says, as text."""
+    found = job_receipt(fine_tuning_job_id, parts, caller)
+    text = model_card(signing.payload(found.envelope))
+    return Response(text, media_type="text/markdown; charset=utf-8")
 
 
 @router.get("/audit", responses=responses())

@@ -11,12 +11,12 @@ import jinja2
 TEMPLATE = "card.md.j2"
 
 
-def model_card(statement: Mapping[str, Any], *, license_name: str = "apache-2.0") -> str:
+def model_card(statement: Mapping[str, Any], *, license_name: str | None = None) -> str:
     """Return the text of a ``README.md`` for the adapter that a receipt's statement is about.
 
     Args:
         statement: as :func:`holdtrue.service.evidence.receipt.build` makes it.
-        license_name: of the base model.
+        license_name: of the base model; left out where it is not known.
     """
     from huggingface_hub import ModelCardData
 

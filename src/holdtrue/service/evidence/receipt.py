@@ -63,7 +63,7 @@ def build(run: Run, issue: Issue) -> dict[str, Any]:
         "predicate": {
             "job": {"id": issue.job, "attempt": issue.attempt, "parent": issue.parent},
             "policy": dict(issue.policy),
-            "base": {key: manifest["model"][key] for key in ("name", "revision")},
+            "base": _clean({key: manifest["model"][key] for key in ("name", "revision")}),
             "data": {split: _data(found) for split, found in manifest["data"].items() if found},
             "defenses": [_defense(run, item) for item in run.spec.canonical()["defenses"]],
             "training": {key: training.get(key) for key in ("steps", "tokens", "target_tokens", "train_seconds")},

@@ -24,6 +24,10 @@ MOST_TRIES = 8
 """Leases that may be lost to dying workers before a job is given up."""
 
 
+_STEP = 10
+"""A lease with so many times its length to go was taken before the clock was set back, and is void."""
+
+
 class LeaseLostError(HoldtrueError):
     """Somebody else holds the job by now, or it has ended: what this worker would write is void."""
 
@@ -91,7 +95,8 @@ def take(db: Database, owner: str, seconds: float) -> Lease | None:
     while True:
         with db.write() as session:
             now = clock.shared(session)
-            silent = and_(Job.status == "running", Job.held.is_(False), Job.lease_until < now)
+            over = or_(Job.lease_until < now, Job.lease_until > now + _STEP * seconds)
+            silent = and_(Job.status == "running", Job.held.is_(False), over)
             job = session.scalar(
                 select(Job)
                 .where(or_(Job.status == "queued", silent))

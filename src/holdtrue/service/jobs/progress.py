@@ -11,6 +11,7 @@ from holdtrue.runs import Run
 from holdtrue.service import clock
 from holdtrue.service.jobs import events
 from holdtrue.service.jobs.leases import Lease, LeaseLostError
+from holdtrue.service.jobs.tracking import Tracker
 
 FLUSH_SECONDS = 0.5
 _STAGES = {
@@ -37,8 +38,8 @@ class Keeper(Protocol):
 class Reporter:
     """Writes the stages and steps of a run as events, several steps in one transaction where they come fast."""
 
-    def __init__(self, run: Run, lease: Lease, attempt: int, keeper: Keeper) -> None:
-        self._run, self._lease, self._attempt, self._keeper = run, lease, attempt, keeper
+    def __init__(self, run: Run, lease: Lease, attempt: int, keeper: Keeper, tracker: Tracker | None = None) -> None:
+        self._run, self._lease, self._attempt, self._keeper, self._tracker = run, lease, attempt, keeper, tracker
         self._stage: str | None = None
         self._waiting: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
@@ -88,6 +89,9 @@ class Reporter:
                     once=f"step:{self._attempt}:{step}",
                 )
             job.estimated_finish = clock.now() + round(self._waiting[-1]["seconds_left"])
+        if self._tracker is not None:
+            for fields in self._waiting:
+                self._tracker.send(_metrics(fields))
         self._waiting.clear()
         self._flushed = time.monotonic()
 

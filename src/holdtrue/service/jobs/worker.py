@@ -26,6 +26,7 @@ from holdtrue.service.jobs import events, leases, lifecycle, snapshot
 from holdtrue.service.jobs.leases import Lease, LeaseLostError
 from holdtrue.service.jobs.progress import Reporter
 from holdtrue.service.jobs.publish import Judged, action_after, model_name, publish
+from holdtrue.service.jobs.tracking import Tracker, TrackingError
 from holdtrue.service.policy import JobRequest, PolicyDocument, RefusalError, resolve
 from holdtrue.service.policy import store as policies
 from holdtrue.service.settings import ServiceSettings
@@ -49,7 +50,7 @@ class _Plan(NamedTuple):
     seed: int
     attempt: int
     state: tuple[str | None, str] | None
-    wandb: bool
+    wandb: dict[str, Any] | None
 
 
 class Worker:
@@ -102,10 +103,6 @@ class Worker:
         folder.mkdir(parents=True)
         plan = self._plan(lease)
         request = self._fetch(plan, folder)
-        if plan.wandb and not os.environ.get("WANDB_API_KEY"):
-            with lease.write() as (session, job):
-                text = "W&B is not set up on this service: no metrics are sent there"
-                events.add(session, job, text, level="warn", once="wandb")
         while True:
             spec = resolve(plan.document, request, plan.attempt)
             final, checkpoints = self._judge(lease, held, plan, spec, folder)
@@ -124,7 +121,11 @@ class Worker:
         else:
             run = Run.create(place, spec)
         keeper = _Keeper(run, lease, self._blobs, plan)
-        with Reporter(run, lease, plan.attempt, keeper) as reporter:
+        tracker = _tracker(lease, plan, folder)
+        with (
+            contextlib.closing(tracker) if tracker else contextlib.nullcontext(),
+            Reporter(run, lease, plan.attempt, keeper, tracker) as reporter,
+        ):
             control = Control(progress=reporter.tell, stop=held.stop)
             try:
                 execute(run, control)
@@ -183,7 +184,7 @@ class Worker:
                 job.seed,
                 job.attempt,
                 None if state is None else (state.rows, state.rest),
-                bool(job.integrations),
+                (job.integrations or {}).get("wandb"),
             )
 
     def _fetch(self, plan: _Plan, folder: Path) -> JobRequest:
@@ -256,6 +257,17 @@ class Worker:
             import torch
 
             torch.set_num_threads(self._settings.threads)
+
+
+def _tracker(lease: Lease, plan: _Plan, folder: Path) -> Tracker | None:
+    if plan.wandb is None:
+        return None
+    try:
+        return Tracker(plan.wandb, f"{lease.job_id}-{plan.attempt}", folder / "wandb")
+    except TrackingError as error:
+        with lease.write() as (session, job):
+            events.add(session, job, str(error), level="warn", once="wandb")
+        return None
 
 
 class _CustomerError(RunError):

@@ -139,9 +139,19 @@ def list_events(
 def receipt(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> Response:
     """Return the signed receipt as a file."""
     found = admin.job_receipt(fine_tuning_job_id, parts, caller)
-    name = f"{fine_tuning_job_id}.receipt.json"
+    return _download(f"{found.job_id}.receipt.json", json.dumps(found.envelope, indent=1), "application/json")
+
+
+@router.get("/jobs/{fine_tuning_job_id}/card")
+def card(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> Response:
+    """Return the model card as a file."""
+    found = admin.job_card(fine_tuning_job_id, parts, caller)
+    return _download("README.md", bytes(found.body), "text/markdown; charset=utf-8")
+
+
+def _download(name: str, content: str | bytes, media_type: str) -> Response:
     headers = {**HEADERS, "content-disposition": f'attachment; filename="{name}"'}
-    return Response(json.dumps(found.envelope, indent=1), media_type="application/json", headers=headers)
+    return Response(content, media_type=media_type, headers=headers)
 
 
 @router.post("/jobs/{fine_tuning_job_id}/cancel")

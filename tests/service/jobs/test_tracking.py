@@ -1,0 +1,57 @@
+"""Metrics at Weights & Biases: its own client, without a network."""
+
+from __future__ import annotations
+
+import pytest
+
+from holdtrue.service.store.schema import JobEvent
+from support import free_port
+
+WANTED = {"wandb": {"project": "door-repair", "entity": None, "name": "first", "tags": ["hinges"]}}
+VARIABLES = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_ID")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def warnings(house, job_id: str) -> list[str]:
+    return [event.message for event in house.all(JobEvent, job_id) if event.level == "warn"]
+
+
+def test_the_steps_metrics_go_there_and_nothing_else(house, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job_id = house.job(integrations=WANTED)
+    house.dispatch()
+    assert house.work()
+    assert house.get(job_id).status == "succeeded"
+    assert warnings(house, job_id) == []
+    (kept,) = (house.settings.home / "work").rglob("run-*.wandb")
+    assert kept.name == f"run-{job_id}-0.wandb"
+    content = kept.read_bytes()
+    for part in (b"door-repair", b"hinges", b"kl_term", b"train_loss", b"total_steps"):
+        assert part in content
+    assert content.count(b"train_loss") >= 6
+    for secret in (b"How do I fix", b"turn it", str(house.folder).encode(), b"probes.jsonl"):
+        assert secret not in content
+
+
+def test_where_it_is_not_set_up_the_customer_is_told(house):
+    job_id = house.job(integrations=WANTED)
+    house.dispatch()
+    assert house.work()
+    assert house.get(job_id).status == "succeeded"
+    assert warnings(house, job_id) == ["W&B is not set up on this service: no metrics are sent there"]
+
+
+@pytest.mark.slow
+def test_a_job_needs_no_answer_from_it(house, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    job_id = house.job(integrations=WANTED)
+    house.dispatch()
+    assert house.work()
+    assert house.get(job_id).status == "succeeded"
+    assert warnings(house, job_id) == ["W&B did not take the run: no metrics are sent there"]
