@@ -161,15 +161,16 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
 
 
 def fill(db: Any, template: str, upto: int) -> str:
-    """Copy a job with its events and metadata until there are ``upto``; return the id of one in the middle."""
-    from sqlalchemy import func, insert, select
+    """Copy a job with its file, events and metadata until there are ``upto``; return the id of one in the middle."""
+    from sqlalchemy import func, insert, select, text
 
     from holdtrue.service import ids
-    from holdtrue.service.store.schema import Job, JobEvent, JobMetadata
+    from holdtrue.service.store.schema import File, Job, JobEvent, JobMetadata
 
     with db.read() as session:
         job = session.execute(select(Job.__table__).where(Job.id == template)).mappings().one()
         events = session.execute(select(JobEvent.__table__).where(JobEvent.job_id == template)).mappings().all()
+        file = session.execute(select(File.__table__).where(File.id == job["training_file"])).mappings().one()
         have = session.scalar(select(func.count()).select_from(Job))
     while have < upto:
         new = [ids.new("ftjob") for _ in range(min(2000, upto - have))]
@@ -177,9 +178,13 @@ def fill(db: Any, template: str, upto: int) -> str:
             session.execute(insert(Job), [{**job, "id": i, "seq": None} | {"status": "succeeded"} for i in new])
             told = [{**event, "id": ids.new("ftevent"), "seq": None, "job_id": i} for i in new for event in events]
             session.execute(insert(JobEvent), told)
-            pairs = [{"job_id": i, "key": "team", "value": f"t{n % 50}"} for n, i in enumerate(new)]
+            copies = [{**file, "id": ids.new("file"), "seq": None, "bytes": 1, "blob": None} for _ in new]
+            session.execute(insert(File), copies)
+            pairs = [{"job_id": i, "key": "team", "value": f"t{n % 5}"} for n, i in enumerate(new)]
             session.execute(insert(JobMetadata), pairs)
         have += len(new)
+    with db.write() as session:
+        session.execute(text("ANALYZE"))  # PostgreSQL does so by itself, a minute later
     with db.read() as session:
         query = select(Job.id).order_by(Job.seq).offset(upto // 2).limit(1)
         return str(session.scalar(query))

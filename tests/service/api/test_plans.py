@@ -119,3 +119,11 @@ def test_a_read_is_quick(client: TestClient, path: str):
         client.get(path)
         times.append(time.perf_counter() - began)
     assert min(times) < 0.1
+
+
+def test_usage_is_counted_within_an_index(client: TestClient):
+    found = [
+        plan for statement, plan in plans(client, "/v1/holdtrue/usage") if "count(" in statement or "sum(" in statement
+    ]
+    assert len(found) == 2
+    assert all("COVERING INDEX" in step for plan in found for step in plan)

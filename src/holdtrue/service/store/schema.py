@@ -99,7 +99,10 @@ class File(Base):
     """A customer's file or a job's results. ``blob`` is its place in the object store, ``None`` once deleted."""
 
     __tablename__ = "files"
-    __table_args__ = (Index("ix_files_page", "project_id", "seq"),)
+    __table_args__ = (
+        Index("ix_files_page", "project_id", "seq"),
+        Index("ix_files_stored", "project_id", "deleted_at", "bytes"),
+    )
     seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -180,6 +183,7 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_page", "project_id", "seq"),
+        Index("ix_jobs_active", "project_id", "status"),
         Index("ix_jobs_ready", "status", "lease_until", "seq"),
         CheckConstraint(f"status IN {JOB_STATUSES}", name="status"),
         CheckConstraint("wanted IN ('run', 'pause', 'cancel')", name="wanted"),

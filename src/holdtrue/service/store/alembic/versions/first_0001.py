@@ -124,6 +124,7 @@ def upgrade() -> None:
     with op.batch_alter_table("files", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_files_expires_at"), ["expires_at"], unique=False)
         batch_op.create_index("ix_files_page", ["project_id", "seq"], unique=False)
+        batch_op.create_index("ix_files_stored", ["project_id", "deleted_at", "bytes"], unique=False)
 
     op.create_table(
         "jobs",
@@ -172,6 +173,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("id", name=op.f("uq_jobs_id")),
     )
     with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.create_index("ix_jobs_active", ["project_id", "status"], unique=False)
         batch_op.create_index("ix_jobs_page", ["project_id", "seq"], unique=False)
         batch_op.create_index("ix_jobs_ready", ["status", "lease_until", "seq"], unique=False)
 
@@ -404,9 +406,11 @@ def downgrade() -> None:
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index("ix_jobs_ready")
         batch_op.drop_index("ix_jobs_page")
+        batch_op.drop_index("ix_jobs_active")
 
     op.drop_table("jobs")
     with op.batch_alter_table("files", schema=None) as batch_op:
+        batch_op.drop_index("ix_files_stored")
         batch_op.drop_index("ix_files_page")
         batch_op.drop_index(batch_op.f("ix_files_expires_at"))
 
