@@ -56,6 +56,7 @@ def test_the_recipe_has_the_papers_settings_and_dry_runs(recipe: Path, capfd: py
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_recipe_runs_with_a_tiny_model(
     recipe: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ from holdtrue.cli.main import main
 from holdtrue.data import builtin
 from holdtrue.service.policy import default_document
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 BASE = "smollm2-135m-instruct"
 UNDEFENDED = """
 format: 1

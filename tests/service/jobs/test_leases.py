@@ -52,7 +52,7 @@ def race(house, workers: int) -> list[leases.Lease]:
         return [lease for lease in pool.map(one, range(workers)) if lease is not None]
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_of_fifty_workers_one_gets_the_job(house, queued, rounds):
     for _ in range(rounds):
         job_id = queued()
