@@ -62,7 +62,7 @@ def test_a_server_of_somebody_else_is_asked_again_and_again(served: str, talker:
     """``transformers serve`` gives no log-probabilities; behind it is a model that writes no numbers."""
     asked = [*exchanges(2), Exchange("What now?", "")]
     for _ in range(2):  # the second time from the disk
-        inner = OpenAIJudge(talker.path, base_url=served, api_key=KEY, samples=3)
+        inner = OpenAIJudge(str(talker.path), base_url=served, api_key=KEY, samples=3)
         judge = CachedJudge(inner, tmp_path)
         found = dict(itertools.chain.from_iterable(judge.judge(asked)))
         assert [found[index].label for index in range(3)] == ["unknown"] * 3

@@ -81,3 +81,9 @@ def test_the_card_repeats_the_receipt(run: Run, issue: Issue):
     assert "defense:kl" in header
     for said in (issue.model, issue.adapter_digest, "margin_fall", "Outcome: **pass**", "read the answers"):
         assert said in body
+
+
+def test_a_statement_of_another_kind_has_no_card():
+    for statement in ({}, {"predicate": None}, {"subject": [], "predicate": {"base": {"name": "b"}, "defenses": []}}):
+        with pytest.raises(ValueError, match="lacks what a card says"):
+            model_card(statement)

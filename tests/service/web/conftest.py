@@ -73,7 +73,7 @@ def job_id(server: Server) -> str:
         return client.fine_tuning.jobs.create(model=BASE, training_file=file, suffix="mine").id
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator:
     """The installed browser; pages are tested in it, and not in one that is downloaded.
 

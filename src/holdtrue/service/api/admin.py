@@ -339,7 +339,10 @@ def job_receipt(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> R
 def job_card(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> Response:
     """Return a model card of a job's adapter in Hugging Face's format: what its receipt says, as text."""
     found = job_receipt(fine_tuning_job_id, parts, caller)
-    text = model_card(signing.payload(found.envelope))
+    try:
+        text = model_card(signing.payload(found.envelope))
+    except (ValueError, LookupError, TypeError):
+        raise not_found("model card of", found.job_id, param="fine_tuning_job_id") from None
     return Response(text, media_type="text/markdown; charset=utf-8")
 
 
