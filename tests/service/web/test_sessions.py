@@ -288,3 +288,12 @@ def test_pages_count_as_requests(server: Server, visit):
     assert answers[-1].status_code == 429
     assert int(answers[-1].headers["retry-after"]) > 0
     assert "<h1>Too many requests</h1>" in answers[-1].text
+
+
+def test_a_provider_sees_keys_where_there_are_several_projects(server: Server, visit):
+    for slug in ("one-more", "and-another"):
+        server.tenant(slug)
+    page = visit(server.key).http.get("/keys")
+    assert page.status_code == 200
+    for slug in ("one-more", "and-another"):
+        assert slug in page.text

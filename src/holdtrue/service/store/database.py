@@ -47,9 +47,10 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
-        """A session that only reads; nothing it changes is kept."""
+        """A session that only reads; nothing it changes is kept, and what it has read can be looked at afterwards."""
         with self._sessions() as session:
             yield session
+            session.expunge_all()  # or the rollback would empty the rows
             session.rollback()
 
     def empty_log(self) -> None:
