@@ -128,18 +128,14 @@ class House:
 
     def get(self, job_id: str) -> Job:
         with self.db.read() as session:
-            job = session.scalars(select(Job).where(Job.id == job_id)).one()
-            session.expunge_all()
-            return job
+            return session.scalars(select(Job).where(Job.id == job_id)).one()
 
     def all(self, table: Any, job_id: str) -> list[Any]:
         """Return a job's rows of a table, the oldest first."""
         order = next(getattr(table, n) for n in ("seq", "created_at", "job_id") if hasattr(table, n))
         with self.db.read() as session:
             query = select(table).where(table.job_id == job_id)
-            rows = list(session.scalars(query.order_by(order)))
-            session.expunge_all()
-            return rows
+            return list(session.scalars(query.order_by(order)))
 
     def messages(self, job_id: str) -> list[str]:
         return [event.message for event in self.all(JobEvent, job_id)]

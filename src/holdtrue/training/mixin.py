@@ -27,8 +27,6 @@ from holdtrue.training.reference import Reference, ReferenceOutputs, captured_ou
 from holdtrue.training.runtimes import Probe, RuntimeMixin
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from holdtrue.training.reference_cache import ReferenceCache
 
 
@@ -149,12 +147,6 @@ class DefenseMixin(RuntimeMixin):
                 "run prepares them; a trainer of your own is given them"
             )
         return found
-
-    @property
-    def _policy(self) -> PeftModel:
-        policy = peft_model(self.model)  # pyright: ignore[reportArgumentType]
-        assert policy is not None
-        return policy
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._policy.named_parameters() if p.requires_grad}

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from holdtrue.defenses import Defense, LossDefense, Runtime, StartContext
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import without_adapter
+from holdtrue.models.layers import peft_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,7 +45,9 @@ class RuntimeMixin(_Base):
 
     @property
     def _policy(self) -> PeftModel:
-        raise NotImplementedError
+        policy = peft_model(self.model)  # pyright: ignore[reportArgumentType]
+        assert policy is not None
+        return policy
 
     def _start_runtimes(self, defenses: Sequence[Defense], losses: Sequence[LossDefense], probe: Probe | None) -> None:
         self._probe = probe

@@ -120,7 +120,7 @@ VALIDATED = [
 
 @pytest.mark.parametrize("point", VALIDATED, ids=str)
 def test_a_dispatcher_killed_anywhere_is_followed_by_another(house, point):
-    plain, job_id = house.job(), None
+    plain = house.job()
     house.dispatch()
     job_id = house.job()
     killed(house, "dispatcher", point)

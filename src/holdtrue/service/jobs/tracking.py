@@ -34,7 +34,8 @@ class Tracker:
     """
 
     def __init__(self, wanted: Mapping[str, Any], run_id: str, folder: Path) -> None:
-        if find_spec("wandb") is None or not (os.environ.get("WANDB_API_KEY") or _offline()):
+        offline = os.environ.get("WANDB_MODE") == "offline"
+        if find_spec("wandb") is None or not (offline or os.environ.get("WANDB_API_KEY")):
             raise TrackingError("W&B is not set up on this service: no metrics are sent there")
         import wandb
 
@@ -78,7 +79,3 @@ class Tracker:
             except Exception as error:
                 log.warning("wandb failed", run=self._run.id, error=type(error).__name__)
             self._run = None
-
-
-def _offline() -> bool:
-    return os.environ.get("WANDB_MODE") == "offline"
