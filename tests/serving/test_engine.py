@@ -129,7 +129,7 @@ def test_seeds(engine: TransformersEngine, ask: Ask):
 
 
 def test_a_tenant_cannot_fill_the_queue(engine: TransformersEngine, ask: Ask, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("holdtrue.serving.engine.WAITING_OF_TENANT", 1)
+    monkeypatch.setattr("holdtrue.serving.port.WAITING_OF_TENANT", 1)
     request = ask(tenant="a", max_tokens=400, temperature=0)
     with engine.answer(request) as events:
         next(events)

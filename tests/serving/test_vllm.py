@@ -242,11 +242,11 @@ def test_faults_are_the_ports(vllm: VllmEngine, engines: list[StandIn], ask: Ask
     assert raised.value.fault == "context"
     with pytest.raises(ChatError, match="one model only"):
         asyncio.run(read(vllm, ask(base="another")))
-    monkeypatch.setattr(module, "WAITING_OF_TENANT", 0)
+    monkeypatch.setattr("holdtrue.serving.port.WAITING_OF_TENANT", 0)
     with pytest.raises(ChatError) as raised:
         asyncio.run(read(vllm, ask()))
     assert raised.value.fault == "busy"
-    monkeypatch.setattr(module, "WAITING_OF_TENANT", 1)
+    monkeypatch.setattr("holdtrue.serving.port.WAITING_OF_TENANT", 1)
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("secret text")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from holdtrue.models.adapters import load_adapter, new_adapter, save_adapter, without_adapter
     from holdtrue.models.checkpoint import Checkpoint, Factors
     from holdtrue.models.layers import adapted_weights, causal_lm, decoder_blocks
-    from holdtrue.models.loading import Placement, load_model, load_tokenizer, placement
+    from holdtrue.models.loading import Placement, end_tokens, generation_config, load_model, load_tokenizer, placement
     from holdtrue.models.reuse import base_model, keep_base_model
     from holdtrue.models.vectors import VectorFile, VectorInfo, read_vectors, write_vectors
 
@@ -34,6 +34,8 @@ _LATE = {
     "causal_lm": "layers",
     "decoder_blocks": "layers",
     "Placement": "loading",
+    "end_tokens": "loading",
+    "generation_config": "loading",
     "load_model": "loading",
     "load_tokenizer": "loading",
     "placement": "loading",
@@ -59,6 +61,8 @@ __all__ = [
     "base_model",
     "causal_lm",
     "decoder_blocks",
+    "end_tokens",
+    "generation_config",
     "keep_base_model",
     "load_adapter",
     "load_model",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from holdtrue.errors import RunError, SpecError
@@ -65,6 +66,21 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         raise SpecError(f"{source.name}: its tokenizer has no chat template; use an instruct model")
     return tokenizer
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """Return what a model's folder says of generation; it need not say anything."""
+    try:
+        return GenerationConfig.from_pretrained(str(folder))
+    except OSError:
+        return None
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> frozenset[int]:
+    """Return the tokens that end an answer: the model's own, and the tokenizer's."""
+    own = None if generation is None else generation.eos_token_id
+    named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return frozenset(token for token in named if isinstance(token, int))
 
 
 def load_model(

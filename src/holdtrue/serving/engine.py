@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from holdtrue.errors import HoldtrueError
 from holdtrue.serving.adapters import Adapters, Fetch, copy_folder
 from holdtrue.serving.lane import Lane, Ticket
-from holdtrue.serving.port import ChatError, ChatRequest, Event, Started
+from holdtrue.serving.port import ChatError, ChatRequest, Event, Started, check_room
 from holdtrue.serving.prompts import Prompts
 from holdtrue.serving.rows import bytes_per_token, check_architecture
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-WAITING = 256
-"""Requests under way and waiting, of all tenants; more are refused as ``busy``."""
-WAITING_OF_TENANT = 64
 CACHE_BYTES = 2 * 2**30
 """Memory for keys and values where the device does not say how much it has free."""
 _CACHE_SHARE = 0.6
@@ -109,8 +106,7 @@ class TransformersEngine:
             if self._closed:
                 raise ChatError("unavailable", "the engine has stopped")
             tenants = Counter(each.request.tenant for each in self._tickets)
-            if tenants[request.tenant] >= WAITING_OF_TENANT or len(self._tickets) >= WAITING:
-                raise ChatError("busy", "too many chats are being answered or waiting; try again in some seconds")
+            check_room(tenants, request.tenant)
             self._tickets.add(ticket)
             self._loaders.submit(self._prepare, ticket)
         return partial(self._cancel, ticket)

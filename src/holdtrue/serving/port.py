@@ -5,6 +5,7 @@ Three implement it: the transformers engine and vLLM in the process that holds t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ CHOICES = 16
 """Most answers to one request."""
 STOPS = 4
 """Most stop strings."""
+WAITING = 256
+"""Requests under way and waiting, of all tenants; more are refused as ``busy``."""
+WAITING_OF_TENANT = 64
 
 Finish = Literal["stop", "length"]
 Fault = Literal["invalid", "context", "adapter", "busy", "failed", "unavailable"]
@@ -40,6 +44,12 @@ class ChatError(HoldtrueError):
         self.fault: Fault = fault
         self.param = param
         super().__init__(message)
+
+
+def check_room(under_way: Counter[str], tenant: str) -> None:
+    """Raise ``ChatError``, ``busy``, where a tenant may have no request more; ``under_way`` counts them by tenant."""
+    if under_way[tenant] >= WAITING_OF_TENANT or under_way.total() >= WAITING:
+        raise ChatError("busy", "too many chats are being answered or waiting; try again in some seconds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,11 @@ class Prompts:
         self, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, limit: int | None
     ) -> None:
         from holdtrue.data import ChatEncoder
+        from holdtrue.models import end_tokens
 
         self._encoder = ChatEncoder(tokenizer)
         self.table = TokenBytes(tokenizer)
-        own = generation.eos_token_id if generation else None
-        named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-        self.ends = frozenset(token for token in named if isinstance(token, int))
+        self.ends = end_tokens(tokenizer, generation)
         self.limit = limit
 
     def encode(self, request: ChatRequest) -> Prompt:

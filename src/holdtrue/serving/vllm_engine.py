@@ -18,15 +18,23 @@ from typing import Any, NamedTuple
 from holdtrue.errors import HoldtrueError, SpecError
 from holdtrue.models.digest import tree_digest
 from holdtrue.serving.adapters import KEPT, Fetch, copy_folder
-from holdtrue.serving.port import AdapterRef, Candidate, ChatError, ChatRequest, Delta, Event, Started, Token
+from holdtrue.serving.port import (
+    AdapterRef,
+    Candidate,
+    ChatError,
+    ChatRequest,
+    Delta,
+    Event,
+    Started,
+    Token,
+    check_room,
+)
 from holdtrue.serving.prompts import Prompt, Prompts
 from holdtrue.serving.sampling import seed_of
 from holdtrue.serving.text import AnswerText
 
 MOST_RANK = 64
 """Largest rank of an adapter: vLLM reserves room for it when it starts."""
-WAITING = 256
-WAITING_OF_TENANT = 64
 logger = logging.getLogger("holdtrue.serving")
 
 
@@ -115,8 +123,7 @@ class VllmEngine:
         """Answer a request; see the port."""
         request.check()
         tenant = request.tenant
-        if self._open[tenant] >= WAITING_OF_TENANT or self._open.total() >= WAITING:
-            raise ChatError("busy", "too many chats are being answered or waiting; try again in some seconds")
+        check_room(self._open, tenant)
         self._open[tenant] += 1
         try:
             async with contextlib.aclosing(self._events(request)) as events:
@@ -277,10 +284,9 @@ class _Answers:
 
 
 def _load(name: str, revision: str | None) -> _Loaded:
-    from transformers import GenerationConfig
     from vllm import AsyncEngineArgs, AsyncLLMEngine  # pyright: ignore[reportMissingImports]
 
-    from holdtrue.models import load_tokenizer, resolve
+    from holdtrue.models import generation_config, load_tokenizer, resolve
 
     source = resolve(name, revision)
     tokenizer = load_tokenizer(source)
@@ -296,9 +302,5 @@ def _load(name: str, revision: str | None) -> _Loaded:
             enable_log_requests=False,  # prompts are nobody's business
         )
     )
-    try:
-        generation = GenerationConfig.from_pretrained(str(source.path))
-    except OSError:  # a model need not have one
-        generation = None
-    limit = engine.model_config.max_model_len
-    return _Loaded((name, revision), engine, Prompts(tokenizer, generation, limit), source.revision)
+    prompts = Prompts(tokenizer, generation_config(source.path), engine.model_config.max_model_len)
+    return _Loaded((name, revision), engine, prompts, source.revision)

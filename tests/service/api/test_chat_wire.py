@@ -362,7 +362,7 @@ def test_a_key_without_the_scope_is_refused(place: Place):
 
 def test_a_full_engine_is_429_and_a_failing_one_tells_nothing(place: Place, monkeypatch: pytest.MonkeyPatch):
     with place.client() as client:
-        monkeypatch.setattr("holdtrue.serving.engine.WAITING_OF_TENANT", 0)
+        monkeypatch.setattr("holdtrue.serving.port.WAITING_OF_TENANT", 0)
         with pytest.raises(openai.RateLimitError) as busy:
             client.chat.completions.create(model=place.base, **ask())
         assert busy.value.code == "engine_overloaded"

@@ -10,6 +10,7 @@ from holdtrue.errors import RunError
 from holdtrue.evaluation.sampling.gumbel import choose
 from holdtrue.evaluation.sampling.port import Answer, Decoding, Request
 from holdtrue.evaluation.sampling.text import answer_text
+from holdtrue.models import end_tokens
 from holdtrue.scoring import position_limit, scoring_mode
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class TransformersSampler:
             batch = order[start : start + self._batch_size]
             with scoring_mode(self._model) as lm:
                 rows = [_Row(prompts[i], requests[i].seed, self._most(prompts[i], decoding)) for i in batch]
-                written = _write(lm, rows, decoding.temperature, self._ends(lm))
+                written = _write(lm, rows, decoding.temperature, end_tokens(self._tokenizer, lm.generation_config))
             yield [self._answer(i, *found) for i, found in zip(batch, written, strict=True)]
 
     def _prompts(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
@@ -87,11 +88,6 @@ class TransformersSampler:
     def _most(self, prompt: Sequence[int], decoding: Decoding) -> int:
         limit = position_limit(self._model)
         return decoding.max_new_tokens if limit is None else min(decoding.max_new_tokens, limit - len(prompt))
-
-    def _ends(self, lm: Any) -> frozenset[int]:
-        own = lm.generation_config.eos_token_id
-        named = [*(own if isinstance(own, list) else [own]), self._tokenizer.eos_token_id]
-        return frozenset(token for token in named if isinstance(token, int))
 
     def _answer(self, index: int, tokens: list[int], finish: Literal["stop", "length"]) -> Answer:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)

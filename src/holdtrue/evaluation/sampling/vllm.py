@@ -46,13 +46,13 @@ class VllmSampler:
         except ImportError:
             raise SpecError("vLLM needs an extra, and a GPU: pip install 'holdtrue[vllm]'") from None
         from holdtrue.data import ChatEncoder
-        from holdtrue.models import load_tokenizer
+        from holdtrue.models import end_tokens, generation_config, load_tokenizer
 
         self._tokenizer = load_tokenizer(model)
         self._encoder = ChatEncoder(self._tokenizer)
         self._lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         lora = {} if adapter is None else {"enable_lora": True, "max_lora_rank": _rank(adapter)}
-        self._ends = _ends(model.path, self._tokenizer.eos_token_id)
+        self._ends = sorted(end_tokens(self._tokenizer, generation_config(model.path)))
         try:
             self._llm = LLM(model=str(model.path), trust_remote_code=False, seed=0, **lora)
         except (OSError, RuntimeError, ValueError) as error:
@@ -93,17 +93,6 @@ class VllmSampler:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         assert isinstance(text, str)
         return Answer(index, answer_text(text), len(tokens), "length" if output.finish_reason == "length" else "stop")
-
-
-def _ends(folder: Path, end: object) -> list[int]:
-    from transformers import GenerationConfig
-
-    try:
-        own = GenerationConfig.from_pretrained(str(folder)).eos_token_id
-    except OSError:  # a model need not have one
-        own = None
-    named = [*(own if isinstance(own, list) else [own]), end]
-    return sorted({token for token in named if isinstance(token, int)})
 
 
 def _rank(adapter: Path) -> int:
