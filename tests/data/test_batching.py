@@ -69,7 +69,7 @@ def test_other_kinds_are_spread():
 
 
 def test_spread_evenly_keeps_both_orders():
-    merged = spread_evenly(list(range(10)), [100, 101])
+    merged = spread_evenly(np.arange(10), np.array([100, 101])).tolist()
     assert [x for x in merged if x < 100] == list(range(10))
     assert merged.index(100) in (2, 3)
     assert merged.index(101) in (8, 9)

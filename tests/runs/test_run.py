@@ -13,6 +13,7 @@ import yaml
 
 from holdtrue.cli.main import main
 from holdtrue.runs import Run
+from support import chat, write_rows
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 Capture = pytest.CaptureFixture[str]
@@ -257,3 +258,25 @@ def test_the_python_face(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values["training"]["epochs"] = 1
     assert ht.RunSpec(**values, folder=folder).hash() == run.spec.hash()
     assert ht.train(ht.RunSpec(**values), out=run.path).path == run.path
+
+
+def test_a_large_file_is_encoded_as_it_is_read(
+    folder: Path, edit: Edit, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Answers of well separated lengths, so that sorting by an estimate puts the same rows together.
+    rows = [chat(f"How do I fix a {n}?", "turn it again and again " * (n + 1)) for n in range(8)]
+    write_rows(folder / "train.jsonl", rows)
+    short = {"epochs": 1, "batch_size": 2, "micro_batch_size": 2}
+    spec = edit(lambda values: values["training"].update(short) or values.update(defenses=[{"kl": {"weight": 0.1}}]))
+    assert main(["train", str(spec), "--out", str(folder / "at-once")]) == 0
+    monkeypatch.setattr("holdtrue.runs.prepare.ENCODED_FIRST", 5)
+    assert main(["train", str(spec), "--out", str(folder / "late")]) == 0
+    capfd.readouterr()
+    at_once, late = Run(folder / "at-once"), Run(folder / "late")
+    assert without_times(late.metrics()) == without_times(at_once.metrics())
+    adapters = [(run.adapter / "adapter_model.safetensors").read_bytes() for run in (at_once, late)]
+    assert adapters[0] == adapters[1]
+    entry = late.manifest["data"]["train"]
+    assert (entry["late_rows"], entry["sequences"]) == (8, 8)
+    assert entry["tokens"] == at_once.manifest["data"]["train"]["tokens"]
+    assert late.manifest["data"]["validation"]["late_rows"] == 0

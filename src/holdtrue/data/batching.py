@@ -26,13 +26,11 @@ GHOST = -1
 """The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""
 
 
-def spread_evenly(first: Sequence[int], second: Sequence[int]) -> list[int]:
+def spread_evenly(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Merge two orders so that the second's items lie at equal distances among the first's."""
-    places = [(i + 0.5) / len(first) for i in range(len(first))]
-    others = [(i + 0.5) / len(second) for i in range(len(second))]
-    keyed = [(p, 0, x) for p, x in zip(places, first, strict=True)]
-    keyed += [(p, 1, x) for p, x in zip(others, second, strict=True)]
-    return [x for _, _, x in sorted(keyed)]
+    places = np.concatenate([(np.arange(len(items)) + 0.5) / max(1, len(items)) for items in (first, second)])
+    which = np.repeat((0, 1), (len(first), len(second)))
+    return np.concatenate([first, second])[np.lexsort((which, places))]
 
 
 class WindowSampler(Sampler[list[int]]):
@@ -121,8 +119,7 @@ class WindowSampler(Sampler[list[int]]):
         if not self.shuffle:
             return everything
         task, other = everything[self.kinds[everything] == 0], everything[self.kinds[everything] != 0]
-        merged = spread_evenly(random.permutation(task).tolist(), random.permutation(other).tolist())
-        return np.asarray(merged, dtype=np.int64)
+        return spread_evenly(random.permutation(task), random.permutation(other))
 
 
 class WithGhost:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from holdtrue.data.jsonl import Tally, json_name, read_numbered, shown_key, text_fault
-from holdtrue.errors import Problem, nearest
+from holdtrue.data.jsonl import Tally, json_name, read_again, read_numbered, shown_key, text_fault
+from holdtrue.errors import DataError, Problem, nearest
 
 KINDS = {"task": 0, "safe": 1, "pool": 2, "aside": 3}
 """A row's kinds: the customer's task; safe rows mixed in; rows that only a defense reads, a share of them in each step;
 rows that no step holds, for a defense that takes a gradient of its own on them."""
+KIND_NAMES = {number: name for name, number in KINDS.items()}
 
 _ROLES = ("system", "user", "assistant")
 _KEYS = frozenset({"role", "content", "weight", "name"})
@@ -22,8 +24,7 @@ _ROW_TOOL_KEYS = ("tools", "functions")
 _OTHER_NAMES = {"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One turn. ``weight`` 0 keeps an assistant's turn as context only; other roles have no use for it."""
 
     role: str
@@ -87,19 +88,47 @@ def validate_chat(path: str | Path) -> ChatSummary:
     """
     tally = Tally()
     rows = turns = max_chars = 0
-    for row in read_numbered(path, _parser(str(path), "task"), tally):
+    for messages in read_numbered(path, lambda record, _: parse_messages(record), tally):
         rows += 1
-        turns += len(row.messages)
-        max_chars = max(max_chars, sum([len(message.content) for message in row.messages]))
+        turns += len(messages)
+        max_chars = max(max_chars, sum([len(message.content) for message in messages]))
     return ChatSummary(Path(path), rows, tally.bytes, tally.sha256, turns, max_chars)
+
+
+def read_valid(summary: ChatSummary) -> Iterator[ChatRow]:
+    """Yield the rows of a file that :func:`validate_chat` found valid, without checking each again.
+
+    Raises:
+        DataError: the file is another than was checked: at the end, or where a line is of no use.
+    """
+    source, tally = str(summary.path), Tally()
+    changed = DataError(summary.path, [Problem(0, "", "the file changed while it was read; leave it alone and go on")])
+    lines = read_again(summary.path, tally)
+    while True:
+        try:
+            number, record = next(lines)
+            messages = tuple([_message(entry) for entry in record["messages"]])
+        except StopIteration:
+            break
+        except DataError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise changed from None
+        yield ChatRow(messages, "task", True, source, number)
+    if tally.sha256 != summary.sha256:
+        raise changed
+
+
+def _message(entry: dict[str, Any]) -> Message:
+    content = entry["content"]
+    if type(content) is not str:
+        raise TypeError
+    return Message(entry["role"], content, entry.get("weight", 1))
 
 
 def parse_messages(record: Mapping[str, Any]) -> tuple[Message, ...] | list[Problem]:
     """Return the messages of one record, or all that is wrong with it, with ``line`` 0."""
-    problems: list[Problem] = []
-    for key in _ROW_TOOL_KEYS:
-        if record.get(key):
-            problems.append(Problem(0, key, "rows with tools are not supported yet"))
+    problems = [Problem(0, key, "rows with tools are not supported yet") for key in _ROW_TOOL_KEYS if record.get(key)]
     if "messages" not in record:
         return [*problems, Problem(0, "messages", f"is missing; the row has {_key_list(record)}")]
     entries = record["messages"]
@@ -111,6 +140,11 @@ def parse_messages(record: Mapping[str, Any]) -> tuple[Message, ...] | list[Prob
     messages: list[Message] = []
     for index, entry in enumerate(entries):
         if isinstance(entry, dict):
+            if len(entry) == 2:  # As nearly all are; the rest of the checks costs three times as much.
+                role, content = entry.get("role"), entry.get("content")
+                if role in _ROLES and isinstance(content, str) and text_fault(content) is None:
+                    messages.append(Message(role, content))
+                    continue
             role, content, weight = entry.get("role"), entry.get("content"), entry.get("weight", 1)
             if not (
                 role in _ROLES
@@ -127,7 +161,7 @@ def parse_messages(record: Mapping[str, Any]) -> tuple[Message, ...] | list[Prob
             problems.append(Problem(0, f"messages[{index}]", f"must be an object, not {json_name(entry)}"))
     if not problems:
         # Judged only where all roles are known, or one wrong role would be reported again as a wrong order.
-        problems = _order_problems(messages)
+        problems = list(_order_problems(tuple([(message.role, message.weight) for message in messages])))
     return problems or tuple(messages)
 
 
@@ -187,20 +221,22 @@ def _message_problems(entry: dict[str, Any], where: str) -> Iterator[Problem]:
         yield Problem(0, f"{where}.name", f"must be a string, not {json_name(entry['name'])}")
 
 
-def _order_problems(messages: list[Message]) -> list[Problem]:
-    roles = [message.role for message in messages]
+@lru_cache(maxsize=1024)
+def _order_problems(turns: tuple[tuple[str, int], ...]) -> tuple[Problem, ...]:
+    """Return what is wrong with the order of some turns' roles and weights."""
+    roles = [role for role, _ in turns]
     if "assistant" not in roles:
-        return [Problem(0, "messages", "no assistant turn to train on")]
+        return (Problem(0, "messages", "no assistant turn to train on"),)
     first = roles[0] == "system"
     for index in range(first, len(roles)):
         expected = "assistant" if (index - first) % 2 else "user"
         if roles[index] == "system":
-            return [Problem(0, f"messages[{index}].role", "a system turn may only come first")]
+            return (Problem(0, f"messages[{index}].role", "a system turn may only come first"),)
         if roles[index] != expected:
             message = f"is {roles[index]} where {expected} is due: user and assistant take turns, the user first"
-            return [Problem(0, f"messages[{index}].role", message)]
+            return (Problem(0, f"messages[{index}].role", message),)
     if roles[-1] != "assistant":
-        return [Problem(0, f"messages[{len(roles) - 1}].role", "the last turn must be the assistant's")]
-    if not any(message.weight for message in messages if message.role == "assistant"):
-        return [Problem(0, "messages", "no assistant turn to train on: all have weight 0")]
-    return []
+        return (Problem(0, f"messages[{len(roles) - 1}].role", "the last turn must be the assistant's"),)
+    if not any(weight for role, weight in turns if role == "assistant"):
+        return (Problem(0, "messages", "no assistant turn to train on: all have weight 0"),)
+    return ()

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_BYTES_PER_TOKEN = 4
+"""Of English text; for an estimate by which rows are sorted."""
+
+
 class Encoded(NamedTuple):
     """One training sequence.
 
@@ -31,6 +35,13 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     trained: list[bool]
     dropped: int
+
+
+class _Frame(NamedTuple):
+    """How many tokens a template adds to turns: before the answer, and in all."""
+
+    before: int
+    tokens: int
 
 
 class ChatEncoder:
@@ -58,6 +69,7 @@ class ChatEncoder:
         unknown = tokenizer.unk_token_id
         self._control_ids = frozenset(id for id in self._template.controls.values() if id != unknown)
         self._pieces = _PieceEncoder(tokenizer, self._template)
+        self._frames: dict[tuple[str, ...], _Frame | None] = {}
 
     @property
     def control_ids(self) -> frozenset[int]:
@@ -80,6 +92,40 @@ class ChatEncoder:
         except RefusedError as error:
             problem = Problem(row.line, "messages", str(error))
             raise DataError(row.source or "chat row", [problem]) from None
+
+    def late_length(self, row: ChatRow) -> int | None:
+        """Return about how many tokens a row has that may be encoded later, or ``None`` where it must be now.
+
+        A row may wait where it is certain, without encoding it, that it becomes one sequence with something to train
+        on: it has one turn of weight 1, spells no control token, its prompt has fewer bytes than ``max_length`` leaves
+        room for tokens, and the template takes conversations of these roles.
+        """
+        *prompt, answer = row.messages
+        size = 0
+        for turn in prompt:
+            if (turn.weight and turn.role == "assistant") or self._template.spells_control(turn.content):
+                return None
+            size += _bytes(turn.content)
+        if not answer.weight or self._template.spells_control(answer.content):
+            return None
+        roles = tuple([turn.role for turn in row.messages])
+        if roles not in self._frames:
+            self._frames[roles] = self._frame(roles)
+        frame = self._frames[roles]
+        if frame is None or (self.max_length is not None and frame.before + size >= self.max_length):
+            return None
+        length = frame.tokens + (size + _bytes(answer.content)) // _BYTES_PER_TOKEN
+        return length if self.max_length is None else min(length, self.max_length)
+
+    def _frame(self, roles: tuple[str, ...]) -> _Frame | None:
+        """Return what the template adds to a conversation of these roles, ``None`` where it refuses it."""
+        turns = tuple(Message(role, "a", int(index == len(roles) - 1)) for index, role in enumerate(roles))
+        try:
+            sequences = [self._ids(rendering) for rendering in self._template.training(turns)]
+        except RefusedError:
+            return None
+        ((ids, trained),) = sequences
+        return _Frame(trained.index(True), len(ids) - len(roles))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation with the generation prompt after it, uncut.
@@ -150,6 +196,10 @@ class ChatEncoder:
             [id for part in tokens for id in part],
             [inside for part, inside in zip(tokens, trained, strict=True) for _ in part],
         )
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 class _PieceEncoder:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from holdtrue.data.chat import KINDS, ChatRow
 from holdtrue.data.jsonl import MAX_PROBLEMS
+from holdtrue.data.late import TEXT, LateRows, to_text
 from holdtrue.errors import DataError, Problem, RunError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
 
     from holdtrue.data.encode import ChatEncoder, Encoded
 
 ARROW = "rows.arrow"
 MANIFEST = "manifest.json"
 _ROWS_PER_BATCH = 256
+_LATE_PER_BATCH = 4096
+_SAMPLED = 500
 
 
 @dataclass(slots=True)
@@ -49,6 +55,9 @@ class Prepared:
         dropped_tokens: tokens that it cut off.
         rows_without_target: rows left out, since truncation left them nothing to train on.
         by_kind: the counts for each kind of rows that came in.
+        late_rows: rows that a step encodes when it reads them.
+        sampled_rows: those of them that were encoded now, to estimate from them what the late rows add to the counts
+            of tokens and of what ``max_length`` cuts off.
     """
 
     rows: int = 0
@@ -59,6 +68,8 @@ class Prepared:
     dropped_tokens: int = 0
     rows_without_target: int = 0
     by_kind: dict[str, KindCount] = field(default_factory=dict)
+    late_rows: int = 0
+    sampled_rows: int = 0
 
     def _count(self, row: ChatRow, encoded: list[Encoded], kept: list[Encoded]) -> None:
         dropped = sum(sequence.dropped for sequence in encoded)
@@ -73,13 +84,38 @@ class Prepared:
             count.tokens += tokens
             count.trained_tokens += trained
 
+    def _extrapolate(self, waiting: dict[str, int], samples: dict[str, Prepared]) -> None:
+        """Count the rows that wait, and what they probably hold, from the ``samples`` of each kind."""
+        for kind, rows in waiting.items():
+            sample = samples[kind]
+            self.late_rows += rows
+            self.sampled_rows += sample.rows
+            for count in (self, self.by_kind.setdefault(kind, KindCount())):
+                count.rows += rows
+                count.sequences += rows
+            share = rows / sample.rows
+            for name in ("tokens", "trained_tokens"):
+                more = round(getattr(sample, name) * share)
+                setattr(self, name, getattr(self, name) + more)
+                setattr(self.by_kind[kind], name, getattr(self.by_kind[kind], name) + more)
+            self.truncated_rows += round(sample.truncated_rows * share)
+            self.dropped_tokens += round(sample.dropped_tokens * share)
 
-def prepare_rows(rows: Iterable[ChatRow], encoder: ChatEncoder, out: str | Path) -> Prepared:
+
+def prepare_rows(rows: Iterable[ChatRow], encoder: ChatEncoder, out: str | Path, *, late: int = 0) -> Prepared:
     """Encode rows into the folder ``out``, which is there whole or not at all; memory does not grow with the rows.
 
     The columns are ``input_ids`` (list of int32), ``trained`` (list of bool), ``kind`` (int8, see ``KINDS``),
     ``length`` (int32, in tokens) and ``ce`` (bool). Sequences of which truncation left no trained token are left out
     and counted, except for rows without cross-entropy. What was at ``out`` is replaced.
+
+    Args:
+        rows: what to encode.
+        encoder: of the model's tokenizer.
+        out: the folder.
+        late: 0 to encode every row now. Otherwise about how many rows there are, and of these, whichever surely become
+            one sequence with something to train on are kept as text (a column ``text``) and encoded when they are read;
+            token counts are then estimates from some of them.
 
     Raises:
         DataError: some rows cannot be encoded; lists the first 50.
@@ -92,7 +128,7 @@ def prepare_rows(rows: Iterable[ChatRow], encoder: ChatEncoder, out: str | Path)
         folder = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
         folder.mkdir()
         try:
-            prepared = _write(rows, encoder, folder)
+            prepared = _write(rows, encoder, folder, late)
             if out.exists():
                 shutil.rmtree(out)
             folder.replace(out)
@@ -103,11 +139,19 @@ def prepare_rows(rows: Iterable[ChatRow], encoder: ChatEncoder, out: str | Path)
     return prepared
 
 
-def load_prepared(path: str | Path) -> Dataset:
+@overload
+def load_prepared(path: str | Path) -> Dataset: ...
+@overload
+def load_prepared(path: str | Path, encoder: ChatEncoder | None) -> Dataset | LateRows: ...
+def load_prepared(path: str | Path, encoder: ChatEncoder | None = None) -> Dataset | LateRows:
     """Return the sequences that :func:`prepare_rows` wrote, memory-mapped.
 
+    Args:
+        path: the folder.
+        encoder: as the rows were prepared with; needed where some were left to be encoded late.
+
     Raises:
-        RunError: there are none, or the file is damaged.
+        RunError: there are none, the file is damaged, or late rows have no encoder.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -116,12 +160,17 @@ def load_prepared(path: str | Path) -> Dataset:
     if not file.is_file():
         raise RunError(f"{path}: holds no prepared rows ({ARROW} is missing); prepare them again")
     try:
-        return Dataset.from_file(str(file))
+        rows = Dataset.from_file(str(file))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise RunError(f"{file}: damaged, prepare the rows again: {error}") from error
+    if TEXT not in rows.column_names:
+        return rows
+    if encoder is None:
+        raise RunError(f"{file}: some rows are text that only an encoder can read; give one")
+    return LateRows(rows, encoder)
 
 
-def _write(rows: Iterable[ChatRow], encoder: ChatEncoder, folder: Path) -> Prepared:
+def _write(rows: Iterable[ChatRow], encoder: ChatEncoder, folder: Path, late: int) -> Prepared:
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -133,35 +182,71 @@ def _write(rows: Iterable[ChatRow], encoder: ChatEncoder, folder: Path) -> Prepa
             "length": Value("int32"),
             "ce": Value("bool"),
         }
+        | ({TEXT: Value("string")} if late else {})
     )
     prepared = Prepared()
+    waiting: dict[str, int] = {}
+    samples: dict[str, Prepared] = {}
+    due: dict[str, int] = {}
+    stride, draw = max(1, late // _SAMPLED), random.Random(0)
+    no_text = (None,) if late else ()
     faults = _Faults()
-    with ArrowWriter(features=features, path=str(folder / ARROW), writer_batch_size=_ROWS_PER_BATCH) as writer:
+    with ArrowWriter(features=features, path=str(folder / ARROW)) as file:
+        writer = _Columns(file, features.arrow_schema, _LATE_PER_BATCH if late else _ROWS_PER_BATCH)
         for row in rows:
+            length = encoder.late_length(row) if late else None
+            if length is not None:
+                writer.add(None, None, KINDS[row.kind], length, row.ce, to_text(row))
+                number = waiting.get(row.kind, 0)
+                waiting[row.kind] = number + 1
+                if number < due.get(row.kind, 0):
+                    continue
+                # At random in each stretch: files repeat themselves, and every so many rows may be all alike.
+                due[row.kind] = (number // stride + 1) * stride + draw.randrange(stride)
             try:
                 encoded = encoder.encode(row)
             except DataError as error:
                 faults.add(error)
                 continue
             kept = [sequence for sequence in encoded if not row.ce or any(sequence.trained)]
+            if length is not None:
+                samples.setdefault(row.kind, Prepared())._count(row, encoded, kept)
+                continue
             prepared._count(row, encoded, kept)
-            for sequence in kept:
-                writer.write(_record(row, sequence))
-        writer.finalize()
+            for ids, trained, _ in kept:
+                columns = np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool)
+                writer.add(*columns, KINDS[row.kind], len(ids), row.ce, *no_text)
+        writer.flush()
+        file.finalize()
     faults.check()
+    prepared._extrapolate(waiting, samples)
     text = json.dumps(asdict(prepared), indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return prepared
 
 
-def _record(row: ChatRow, sequence: Encoded) -> dict[str, Any]:
-    return {
-        "input_ids": np.asarray(sequence.input_ids, dtype=np.int32),
-        "trained": np.asarray(sequence.trained, dtype=bool),
-        "kind": KINDS[row.kind],
-        "length": len(sequence.input_ids),
-        "ce": row.ce,
-    }
+class _Columns:
+    """Gathers values by column and writes them as tables of ``batch`` rows."""
+
+    def __init__(self, file: ArrowWriter, schema: pa.Schema, batch: int) -> None:
+        self._file, self._schema, self._batch = file, schema, batch
+        self._columns: list[list[Any]] = [[] for _ in schema]
+
+    def add(self, *values: Any) -> None:
+        """Add a row, its values in the schema's order."""
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
+        if len(self._columns[0]) == self._batch:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        import pyarrow as pa
+
+        arrays = [pa.array(column, field.type) for column, field in zip(self._columns, self._schema, strict=True)]
+        self._file.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        for column in self._columns:
+            column.clear()
 
 
 class _Faults:

@@ -112,6 +112,10 @@ class ChatTemplate:
             return [Rendering(whole, spelled, tuple(span for _, span in found))]
         return [Rendering(text, spelled, (span,)) for text, span in found]
 
+    def spells_control(self, content: str) -> bool:
+        """Return whether content spells a control token."""
+        return self._pattern.search(content) is not None
+
     def control_ids(self, text: str) -> list[int]:
         """Return the ids of the control tokens in a rendering's text, in order."""
         return [self.controls[word] for word in self._pattern.findall(text)]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from holdtrue.defenses.base import RunContext
     from holdtrue.models import ModelSource
 
+ENCODED_FIRST = 20_000
+"""Rows of the largest file that is encoded whole before training; a larger one is encoded as its rows are read."""
 PACKAGES = ("holdtrue", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -136,7 +138,7 @@ def _encode(
     splits: dict[str, ChatSummary],
     notes: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    from holdtrue.data import ChatEncoder, prepare_rows, read_chat
+    from holdtrue.data import ChatEncoder, prepare_rows, read_valid
     from holdtrue.defenses.base import RowsContext
     from holdtrue.models import load_tokenizer
 
@@ -146,7 +148,7 @@ def _encode(
     (run.path / "data").mkdir()
     entries: dict[str, dict[str, Any]] = {}
     for split, summary in splits.items():
-        rows = read_chat(summary.path)
+        rows: Iterator[ChatRow] = read_valid(summary)
         if split == "train":
             rows = _without(rows, held_out_rows(spec, summary.rows))
             for defense in spec.defenses:
@@ -162,7 +164,8 @@ def _encode(
                 )
                 rows = defense.rows(rows, context)
         watched = control.watch(rows, run.path, "prepare", summary.rows if split == "train" else None)
-        prepared = prepare_rows(watched, encoder, run.path / "data" / split)
+        late = summary.rows if summary.rows > ENCODED_FIRST else 0
+        prepared = prepare_rows(watched, encoder, run.path / "data" / split, late=late)
         _check_something_left(Path(summary.path), prepared)
         files.sync_tree(run.path / "data")
         entries[split] = {
@@ -195,12 +198,12 @@ def held_out_rows(spec: RunSpec, rows: int) -> frozenset[int]:
 
 
 def _split_off(run: Run, summary: ChatSummary) -> None:
-    from holdtrue.data import read_chat
+    from holdtrue.data import read_valid
 
     chosen = held_out_rows(run.spec, summary.rows)
     lines = [
         json.dumps({"messages": [message_record(message) for message in row.messages]}, ensure_ascii=False)
-        for index, row in enumerate(read_chat(summary.path))
+        for index, row in enumerate(read_valid(summary))
         if index in chosen
     ]
     files.write_text(run.path / HOLDOUT, "".join(f"{line}\n" for line in lines))

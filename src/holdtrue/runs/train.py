@@ -33,7 +33,7 @@ def pinned_model(run: Run) -> ModelSource:
 
 def train_stage(run: Run, control: Control) -> dict[str, Any]:
     """Train; writes ``checkpoints/``, ``metrics.jsonl`` and, at the end, ``adapter_raw/``."""
-    from holdtrue.data import load_prepared
+    from holdtrue.data import ChatEncoder, load_prepared
     from holdtrue.models import base_model, load_tokenizer, new_adapter, save_adapter
     from holdtrue.training import fit
 
@@ -49,11 +49,12 @@ def train_stage(run: Run, control: Control) -> dict[str, Any]:
     with _reference_cache(run, source, base) as cache:
         model = new_adapter(base, spec.adapter, seed=spec.training.seed)
         tokenizer = load_tokenizer(source)
+        encoder = ChatEncoder(tokenizer, max_length=spec.training.max_length)
         summary = fit(
             model=model,
             tokenizer=tokenizer,
-            rows=load_prepared(run.data("train")),
-            validation=load_prepared(run.data("validation")) if run.data("validation").is_dir() else None,
+            rows=load_prepared(run.data("train"), encoder),
+            validation=load_prepared(run.data("validation"), encoder) if run.data("validation").is_dir() else None,
             spec=spec.training,
             defenses=list(spec.defenses),
             folder=run.path,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -140,7 +141,7 @@ class DefenseMixin(RuntimeMixin):
             return []
         rows: Any = self.train_dataset
         kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
-        found = [rows[i] for i, kind in enumerate(kinds) if kind == ASIDE]
+        found = [rows[i] for i in np.flatnonzero(np.asarray(kinds) == ASIDE).tolist()]
         if not any(any(row["trained"][1:]) for row in found):
             raise NeedError(
                 f"{asking[0]} needs rows of kind 'aside' with answers among the training rows, and there are none: a "

@@ -127,6 +127,7 @@ def _data(name: str, run: Run) -> list[dict[str, Any]]:
                 "dropped_tokens": entry["dropped_tokens"],
                 "left_out": entry["rows_without_target"],
                 "padding": report.get("padding") if train else None,
+                "about": "about " if entry.get("late_rows") else "",
             }
         )
     return found or [{"run": name, "split": None}]

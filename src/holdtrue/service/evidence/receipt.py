@@ -79,6 +79,7 @@ def build(run: Run, issue: Issue) -> dict[str, Any]:
 
 def _data(found: Mapping[str, Any]) -> dict[str, Any]:
     wanted = ("sha256", "bytes", "file_rows", "rows", "tokens", "trained_tokens", "truncated_rows", "by_kind")
+    wanted += ("late_rows", "sampled_rows") if found.get("late_rows") else ()
     return {key: found[key] for key in wanted if key in found}
 
 
