@@ -129,6 +129,7 @@ def test_no_position_gives_zero_and_a_zero_gradient():
 def test_chunks_shrink_as_the_vocabulary_grows():
     assert chunk_size(49_152) == 128
     assert chunk_size(2 * 49_152) == chunk_size(49_152) // 2
+    assert chunk_size(262_144) == 64
     assert chunk_size(10**9) == 1
 
 

@@ -20,7 +20,9 @@ from holdtrue.training.comparison import Comparison
 from holdtrue.training.head import Head, exact, head_for
 
 LOGITS_PER_CHUNK = 3 * 2**21
-"""Logits held at once, those of both models together: 24 MiB in float32, whatever the vocabulary."""
+"""Logits held at once, those of both models together: 24 MiB in float32 for a vocabulary of up to 98,304."""
+LEAST_POSITIONS = 64
+"""Positions of a chunk for a larger one, up to 128 MiB: a product with fewer rows takes longer than its arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,11 @@ class TokenResult(NamedTuple):
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Return how many positions a chunk holds, so that its logits stay the same size in any vocabulary.
+    """Return how many positions a chunk holds, so that its logits stay the same size while the vocabulary grows.
 
     A position of which both models' logits are wanted counts twice.
     """
-    return max(1, LOGITS_PER_CHUNK // vocabulary)
+    return max(1, LOGITS_PER_CHUNK // vocabulary, min(LEAST_POSITIONS, 2**25 // vocabulary))
 
 
 def token_objective(
