@@ -9,7 +9,6 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +19,20 @@ from holdtrue.errors import DataError, GateError, HoldtrueError, Interrupted, Ne
 from holdtrue.models.digest import file_digest
 from holdtrue.runs import Control, Run, RunSpec, execute
 from holdtrue.runs import files as run_files
-from holdtrue.service import clock, ids
 from holdtrue.service.evidence import signing
 from holdtrue.service.jobs import events, leases, lifecycle, snapshot
+from holdtrue.service.jobs.holding import Held
+from holdtrue.service.jobs.keeping import EPOCHS, Keeper
 from holdtrue.service.jobs.leases import Lease, LeaseLostError
 from holdtrue.service.jobs.progress import Reporter
-from holdtrue.service.jobs.publish import Judged, action_after, model_name, publish
+from holdtrue.service.jobs.publish import Judged, action_after, publish
 from holdtrue.service.jobs.tracking import Tracker, TrackingError
 from holdtrue.service.policy import JobRequest, PolicyDocument, RefusalError, resolve
 from holdtrue.service.policy import store as policies
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
-from holdtrue.service.store.schema import ENDED, File, Job, JobCheckpoint, JobState, Model, Policy
+from holdtrue.service.store.schema import ENDED, File, Job, JobState, Model, Policy
 
 log = structlog.get_logger()
 IDLE_SECONDS = 1.0
@@ -85,7 +85,7 @@ class Worker:
             return False
         bound = log.bind(job=lease.job_id, fence=lease.fence, worker=self._owner)
         bound.info("took job")
-        held = _Held(lease, stop or threading.Event())
+        held = Held(lease, stop or threading.Event())
         try:
             with held:
                 action = self._train(lease, held)
@@ -98,7 +98,7 @@ class Worker:
 
     # One job
 
-    def _train(self, lease: Lease, held: _Held) -> str:
+    def _train(self, lease: Lease, held: Held) -> str:
         folder = self._work / lease.job_id / str(lease.fence)
         folder.mkdir(parents=True)
         plan = self._plan(lease)
@@ -111,16 +111,16 @@ class Worker:
                 return action
             plan = plan._replace(attempt=plan.attempt + 1, state=None)
 
-    def _judge(
-        self, lease: Lease, held: _Held, plan: _Plan, spec: RunSpec, folder: Path
-    ) -> tuple[Judged, list[Judged]]:
+    def _judge(self, lease: Lease, held: Held, plan: _Plan, spec: RunSpec, folder: Path) -> tuple[Judged, list[Judged]]:
         place = folder / f"attempt-{plan.attempt}"
         if plan.state is not None:
             keys = [key for key in plan.state if key is not None]
             run = snapshot.restore(keys, place, spec, self._blobs)
         else:
             run = Run.create(place, spec)
-        keeper = _Keeper(run, lease, self._blobs, plan)
+        keeper = Keeper(
+            run, lease, self._blobs, attempt=plan.attempt, rows=None if plan.state is None else plan.state[0]
+        )
         tracker = _tracker(lease, plan, folder)
         with (
             contextlib.closing(tracker) if tracker else contextlib.nullcontext(),
@@ -140,7 +140,7 @@ class Worker:
                     keeper.save()
                 raise
 
-    def _checkpoint(self, run: Run, step: int, attempt: int, held: _Held) -> Judged:
+    def _checkpoint(self, run: Run, step: int, attempt: int, held: Held) -> Judged:
         """Put an earlier checkpoint through the weights hook and a gate of its own, as a run that ended there."""
         place = run.path.with_name(f"{run.path.name}-step-{step}")
         if not (place / "spec.json").exists():
@@ -212,7 +212,7 @@ class Worker:
 
     # When it does not end as it should
 
-    def _stopped(self, lease: Lease, held: _Held, error: HoldtrueError) -> None:
+    def _stopped(self, lease: Lease, held: Held, error: HoldtrueError) -> None:
         if held.lost or isinstance(error, LeaseLostError):
             log.warning("lost job", job=lease.job_id, fence=lease.fence)
         elif held.pausing:
@@ -274,151 +274,6 @@ class _CustomerError(RunError):
     def __init__(self, param: str, message: str, code: str) -> None:
         self.param, self.code = param, code
         super().__init__(message)
-
-
-class _Held:
-    """Renews a lease in a thread of its own, and sets ``stop`` when the work is to end.
-
-    Attributes:
-        stop: what the run looks at.
-        lost: the lease is gone: nothing may be written any more.
-        pausing: the customer wants the job to pause.
-    """
-
-    def __init__(self, lease: Lease, service_stop: threading.Event) -> None:
-        self.stop, self.lost, self.pausing = threading.Event(), False, False
-        self._lease, self._service_stop, self._done = lease, service_stop, threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=f"lease {lease.job_id}", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _renew(self) -> None:
-        renewed, each = time.monotonic(), min(self._lease.seconds / 3, 10.0)
-        next_renewal = renewed + each
-        while not self._done.wait(min(each, 0.2)):
-            if self._service_stop.is_set():
-                self.stop.set()
-            if time.monotonic() < next_renewal:
-                continue
-            next_renewal = time.monotonic() + each
-            try:
-                if self._lease.renew() == "pause":
-                    self.pausing = True
-                    self.stop.set()
-                renewed = time.monotonic()
-            except LeaseLostError:
-                self.lost = True
-            except Exception as error:  # the database is away: hold on as long as the lease lasts
-                log.warning("cannot renew", job=self._lease.job_id, error=type(error).__name__)
-                self.lost = time.monotonic() - renewed > self._lease.seconds
-            if self.lost:
-                self.stop.set()
-                return
-
-
-EPOCHS = "epochs"
-"""The folder of a run in which the adapters of epochs' ends are kept, by step."""
-
-
-class _Keeper:
-    """Keeps a run's state in the object store, and its epochs' adapters in the run."""
-
-    SECONDS = 60.0
-
-    def __init__(self, run: Run, lease: Lease, blobs: Blobs, plan: _Plan) -> None:
-        self._run, self._lease, self._blobs, self._plan = run, lease, blobs, plan
-        self._rows = None if plan.state is None else plan.state[0]
-        self._saved_at, self._saw = time.monotonic(), self._mark()
-
-    def due(self, stage: str) -> bool:
-        """Say whether there is what is worth saving: a stage's end, a checkpoint, a minute of work on what has none."""
-        minute = stage != "train" and time.monotonic() - self._saved_at >= self.SECONDS
-        return minute or self._mark() != self._saw
-
-    def save(self) -> None:
-        """Save the run as it is now."""
-        self._keep_epochs()
-        if self._rows is None and self._run.is_done("prepare"):
-            self._rows = snapshot.save_rows(self._run, self._blobs)
-        rest = snapshot.save_rest(self._run, self._blobs)
-        with self._lease.write() as (session, job):
-            key = (job.id, self._plan.attempt)
-            state = session.get(JobState, key)
-            before = None if state is None else state.rest
-            if state is None:
-                state = JobState(job_id=key[0], attempt=key[1])
-                session.add(state)
-            state.rows, state.rest, state.saved_at = self._rows, rest, clock.now()
-            for step, metrics in self._epoch_metrics().items():
-                _checkpoint_row(session, job, self._plan.attempt, step, metrics)
-        if before is not None:
-            self._blobs.delete(before)
-        self._saved_at, self._saw = time.monotonic(), self._mark()
-
-    def steps(self) -> list[int]:
-        """Return the steps of the kept adapters before the last one."""
-        folder = self._run.path / EPOCHS
-        found = sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
-        last = self._last()
-        return [step for step in found if last is None or step < last]
-
-    def _last(self) -> int | None:
-        return (self._run.marker("train") or {}).get("report", {}).get("steps")
-
-    def _mark(self) -> tuple[str, ...]:
-        sealed = (path.parent.name for path in self._run.checkpoints.glob("checkpoint-*/holdtrue_seal.json"))
-        done = (path.name for path in (self._run.path / "stages").glob("*.json"))
-        return tuple(sorted([*sealed, *done]))
-
-    def _keep_epochs(self) -> None:
-        """Copy out the adapters of checkpoints at which an epoch ended; the run itself keeps the last two alone."""
-        epochs = {int(m["step"]): m["epoch"] for m in self._run.metrics() if "loss" in m and "epoch" in m}
-        for step, epoch in epochs.items():
-            source, target = self._run.checkpoints / f"checkpoint-{step}", self._run.path / EPOCHS / str(step)
-            ended = abs(epoch - round(epoch)) < 1e-9
-            if ended and (source / "holdtrue_seal.json").is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                run_files.replace_folder(target, lambda to, source=source: _copy_adapter(source, to))
-
-    def _epoch_metrics(self) -> dict[int, dict[str, Any]]:
-        found = {}
-        last = self._last()
-        wanted = {*self.steps(), *([last] if last else [])}
-        for metrics in self._run.metrics():
-            if metrics["step"] in wanted and "loss" in metrics:
-                found[metrics["step"]] = {"step": metrics["step"], "train_loss": metrics["loss"]}
-            if metrics["step"] in found and "eval_loss" in metrics:
-                found[metrics["step"]]["full_valid_loss"] = metrics["eval_loss"]
-        return found
-
-
-def _copy_adapter(source: Path, target: Path) -> None:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy2(source / name, target / name)
-
-
-def _checkpoint_row(session: Any, job: Job, attempt: int, step: int, metrics: Mapping[str, Any]) -> None:
-    place = (JobCheckpoint.job_id == job.id, JobCheckpoint.attempt == attempt, JobCheckpoint.step_number == step)
-    if session.scalar(select(JobCheckpoint.id).where(*place)) is None:
-        name = f"{model_name(session, job)}:ckpt-step-{step}"
-        session.add(
-            JobCheckpoint(
-                id=ids.new("ftckpt"),
-                job_id=job.id,
-                attempt=attempt,
-                step_number=step,
-                name=name,
-                metrics=dict(metrics),
-                model_id=None,
-                created_at=clock.now(),
-            )
-        )
-        events.add(session, job, f"Checkpoint created at step {step}", once=f"checkpoint:{attempt}:{step}")
 
 
 def _told(error: Exception) -> dict[str, Any] | None:
