@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import HoldtrueError, SpecError
-from holdtrue.service.store.schema import ENDED, JOB_STATUSES, File, Job, Project, Usage
+from holdtrue.service.store.schema import ENDED, JOB_STATUSES, Job, Project, Usage
 
 GIBIBYTE = 2**30
 ACTIVE = tuple(status for status in JOB_STATUSES if status not in ENDED)
@@ -107,10 +107,7 @@ def used_today(session: Session, project_id: str, *, now: int) -> dict[str, int]
 
 def stored_bytes(session: Session, project_id: str) -> int:
     """Return the bytes of a project's files."""
-    query = select(func.coalesce(func.sum(File.bytes), 0)).where(
-        File.project_id == project_id, File.deleted_at.is_(None)
-    )
-    return int(session.scalar(query) or 0)
+    return int(session.scalar(select(Project.stored_bytes).where(Project.id == project_id)) or 0)
 
 
 def jobs_active(session: Session, project_id: str) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -8,14 +9,14 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, select, text
+from sqlalchemy import func, insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from holdtrue.errors import RunError
-from holdtrue.service import clock, ids, tenancy
+from holdtrue.service import clock, ids, quotas, tenancy
 from holdtrue.service.jobs import leases, lifecycle
 from holdtrue.service.store import migrations
-from holdtrue.service.store.schema import Base, Job, JobEvent, Policy
+from holdtrue.service.store.schema import Base, File, Job, JobEvent, Policy, Project
 
 
 def tables(db) -> set[str]:
@@ -91,6 +92,17 @@ def lease_a_job(db) -> leases.Lease:
     return lease
 
 
+def stored_file(project: str, size: int, **fields) -> File:
+    return File(
+        **{
+            "id": ids.new("file"), "project_id": project, "filename": "f", "purpose": "fine-tune", "bytes": size,
+            "sha256": "0" * 64, "blob": None, "created_at": 1, "expires_at": None, "deleted_at": None,
+            "status_details": None,
+        }
+        | fields
+    )  # fmt: skip
+
+
 def rows(db) -> dict[str, list[tuple]]:
     """Return every row of every table of today's schema."""
     with db.read() as session:
@@ -115,7 +127,7 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "next", "0001", None, None
+revision, down_revision, branch_labels, depends_on = "next", "0002", None, None
 
 def upgrade():
     with op.batch_alter_table("jobs") as table:
@@ -155,7 +167,7 @@ def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, lat
     lease = lease_a_job(db)
     before = rows(db)
     later(NEXT)
-    with pytest.raises(RunError, match="revision 0001"):
+    with pytest.raises(RunError, match="revision 0002"):
         migrations.check(db)
     migrations.upgrade(db)
     migrations.check(db)
@@ -164,7 +176,7 @@ def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, lat
         assert session.scalars(text("SELECT priority FROM jobs")).all() == [5]
     assert lease.renew() == "run"
     before = rows(db)
-    migrations.downgrade(db, "0001")
+    migrations.downgrade(db, "0002")
     assert rows(db) == before
     assert lease.renew() == "run"
     with db.engine.connect() as connection:
@@ -174,6 +186,26 @@ def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, lat
         session.execute(text("UPDATE jobs SET status = 'dancing'"))
 
 
+def test_stored_bytes_are_counted_up_and_down_with_a_job_in_flight(db):
+    lease = lease_a_job(db)
+    with db.write() as session:
+        project = session.scalars(select(Project.id)).one()
+        session.add_all([stored_file(project, 100), stored_file(project, 20), stored_file(project, 3, deleted_at=1)])
+    before = rows(db)
+    migrations.downgrade(db, "0001")
+    assert lease.renew() == "run"
+    with db.write() as session:
+        session.execute(text("UPDATE files SET deleted_at = 2 WHERE bytes = 20"))
+    migrations.upgrade(db)
+    assert lease.renew() == "run"
+    with db.read() as session:
+        assert session.scalars(select(Project.stored_bytes)).one() == 100
+    with db.write() as session:
+        session.execute(text("UPDATE files SET deleted_at = NULL WHERE bytes = 20"))
+        session.execute(text("UPDATE projects SET stored_bytes = 120"))
+    assert rows(db) == before
+
+
 @pytest.mark.parametrize("fault", ["raise ValueError", "op.execute('DELETE FROM projects')"])
 def test_a_migration_that_fails_changes_nothing(db, later, fault):
     lease = lease_a_job(db)
@@ -181,12 +213,57 @@ def test_a_migration_that_fails_changes_nothing(db, later, fault):
     later(NEXT.replace("# after", fault))
     with pytest.raises((ValueError, RunError, IntegrityError)):
         migrations.upgrade(db)
-    assert migrations.current(db) == "0001"
+    assert migrations.current(db) == "0002"
     assert rows(db) == before
     assert "priority" not in {column["name"] for column in inspect(db.engine).get_columns("jobs")}
     assert lease.renew() == "run"
     with pytest.raises(IntegrityError), db.write() as session:  # foreign keys are checked again
         session.execute(text("DELETE FROM projects"))
+
+
+def test_stored_bytes_are_the_sum_of_what_is_not_deleted(db):
+    """Whoever writes, however often, and at the same time."""
+    with db.write() as session:
+        organization = tenancy.create_organization(session, "a", "a", now=1)
+        first, second = (tenancy.create_project(session, organization.id, name, now=1).id for name in "ab")
+        files = [stored_file(project, 10**i) for project in (first, second) for i in range(6)]
+        session.add_all(files)
+        session.execute(
+            insert(File),
+            [
+                {c.name: getattr(one, c.name) for c in File.__table__.columns if c.name not in ("seq", "status")}
+                | {"id": ids.new("file"), "bytes": 7, "status": "processed"}
+                for one in files[:3]
+            ],
+        )
+        deleted = [one.id for one in files[:4]]
+
+    def check(project: str, expected: int) -> None:
+        with db.read() as session:
+            assert quotas.stored_bytes(session, project) == expected
+            left = select(func.sum(File.bytes)).where(File.project_id == project, File.deleted_at.is_(None))
+            assert session.scalar(left) == expected
+
+    check(first, 111_111 + 21)
+    check(second, 111_111)
+
+    def delete_all() -> None:
+        for file_id in deleted:
+            with db.write() as session:
+                session.execute(update(File).where(File.id == file_id).values(deleted_at=2))
+
+    threads = [threading.Thread(target=delete_all, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check(first, 110_000 + 21)
+    check(second, 111_111)
+    with contextlib.suppress(ZeroDivisionError), db.write() as session:
+        session.add(stored_file(first, 10**9))
+        session.flush()
+        raise ZeroDivisionError  # what is rolled back does not count
+    check(first, 110_000 + 21)
 
 
 def test_down_to_nothing_and_up_again(db):

@@ -21,7 +21,7 @@ from holdtrue.service.api.idempotency import once
 from holdtrue.service.api.pages import After, Order, take
 from holdtrue.service.quotas import ACTIVE
 from holdtrue.service.store.blobs import Blob
-from holdtrue.service.store.schema import File, Job
+from holdtrue.service.store.schema import File, Job, Project
 
 BATCH_SECONDS = 30 * 86_400
 _PURPOSE: TypeAdapter[str] = TypeAdapter(schemas.FilePurpose)
@@ -193,6 +193,8 @@ def retrieve_file(file_id: str, parts: PartsDep, caller: FilesRead) -> schemas.F
 def delete_file(file_id: str, parts: PartsDep, caller: FilesWrite) -> schemas.FileDeleted:
     """Delete a file and its content."""
     with parts.db.write() as session:
+        # First, as whoever creates a job with the file or erases the project does: then none waits for another.
+        session.get_one(Project, caller.project_id, with_for_update=True)
         row = get_file(session, caller.project_id, file_id)
         used = select(Job.id).where(
             Job.status.in_(ACTIVE),

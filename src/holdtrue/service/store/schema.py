@@ -57,7 +57,10 @@ class Organization(Base):
 
 
 class Project(Base):
-    """What owns files, jobs and models: the tenant. ``limits`` overrides the service's quotas, by their names."""
+    """What owns files, jobs and models: the tenant. ``limits`` overrides the service's quotas, by their names.
+
+    ``stored_bytes`` is the sum over its files that are not deleted. Triggers keep it; nothing else writes to it.
+    """
 
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -65,6 +68,7 @@ class Project(Base):
     name: Mapped[str] = mapped_column(String(200))
     limits: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[int] = mapped_column(BigInteger)
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class ApiKey(Base):
@@ -99,10 +103,7 @@ class File(Base):
     """A customer's file or a job's results. ``blob`` is its place in the object store, ``None`` once deleted."""
 
     __tablename__ = "files"
-    __table_args__ = (
-        Index("ix_files_page", "project_id", "seq"),
-        Index("ix_files_stored", "project_id", "deleted_at", "bytes"),
-    )
+    __table_args__ = (Index("ix_files_page", "project_id", "seq"),)
     seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
