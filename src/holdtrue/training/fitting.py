@@ -102,7 +102,7 @@ def fit(
         logging_nan_inf_filter=False,
         report_to=list(spec.report_to) or "none",
         seed=spec.seed,
-        bf16=device.type == "cuda",
+        bf16=causal_lm(model).dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
