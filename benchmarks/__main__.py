@@ -65,7 +65,7 @@ class Report:
             partial.replace(self.out)
 
 
-def measure(keys: Sequence[str], runs: int, steps: int, seed: int, report: Report) -> None:
+def measure(keys: Sequence[str], runs: int, steps: int, seed: int, report: Report, minutes: float = math.inf) -> None:
     """Measure what the ratios ``keys`` need, and no more."""
     wanted = {key: KNOWN[key] for key in keys}
     times = {key: ratio for key, ratio in wanted.items() if key in TIME}
@@ -81,7 +81,7 @@ def measure(keys: Sequence[str], runs: int, steps: int, seed: int, report: Repor
                 raw={"seconds": found["raw"], "seconds_of_steps": found["steps"]},
             )
 
-        rounds.measure(arms(times), runs=runs, steps=steps, seed=seed, save=save)
+        rounds.measure(arms(times), runs=runs, steps=steps, seed=seed, save=save, minutes=minutes)
     starts = {key: ratio for key, ratio in wanted.items() if key in START}
     if starts:
         raw = start.measure(arms(starts), runs)
@@ -109,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--runs", type=int, default=5, help="rounds, in each of which every arm has its turn")
+    parser.add_argument("--minutes", type=float, default=20, help="begin no round after the third that ends later")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of an arm in a round")
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn")
     parser.add_argument("--only", nargs="+", choices=sorted(KNOWN), metavar="KEY", help="these ratios alone")
@@ -117,7 +118,7 @@ def main() -> None:
     if options.runs < 1 or options.steps < 1:
         parser.error("--runs and --steps must be at least 1")
     report = Report(options.out)
-    measure(options.only or list(DEFAULT), options.runs, options.steps, options.seed, report)
+    measure(options.only or list(DEFAULT), options.runs, options.steps, options.seed, report, options.minutes)
     document = report.document
     if options.json:
         print(json.dumps(document, indent=2))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from benchmarks.floor import Shape, Work, achieved, sgemm_rates, step
 from benchmarks.workload import BATCH, MODEL, Workload, draw
 
 Save = Callable[[dict[str, Any]], None]
+LEAST_ROUNDS = 3
 
 
 def say(text: str) -> None:
@@ -23,7 +26,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Save) -> dict[str, Any]:
+def measure(
+    names: Sequence[str], *, runs: int, steps: int, seed: int, save: Save, minutes: float = math.inf
+) -> dict[str, Any]:
     """Time each arm for ``runs`` rounds of ``steps`` optimizer steps, in turns of one step, another arm first in each.
 
     Some steps are thrown away before: one of each arm, and those of a whole epoch of an arm that reads what an earlier
@@ -34,6 +39,7 @@ def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Sav
         runs, steps: rounds, and optimizer steps of each arm in a round.
         seed: of the rows that are drawn.
         save: called with what is known so far after each round.
+        minutes: no round after the third begins that would end later than so long after the first began.
 
     Returns:
         ``raw``: arm -> seconds by round; ``steps``: arm -> seconds by turn; ``missing``: arm -> why; ``workload``;
@@ -62,7 +68,12 @@ def measure(names: Sequence[str], *, runs: int, steps: int, seed: int, save: Sav
             batches = arm.batches(work.rows, 0)
             for rows in batches if name in FILLS_FIRST else batches[:1]:
                 say(f"warm-up: {name} {arm.run(rows):.2f} s")
+        began = time.monotonic()
         for number in range(1, runs + 1):
+            elapsed = time.monotonic() - began
+            if number > LEAST_ROUNDS and elapsed * number / (number - 1) > 60 * minutes:
+                say(f"no round {number}: it would end after the {minutes:.0f} minutes that --minutes leaves")
+                break
             batches = {name: arm.batches(work.rows, number) for name, arm in arms.items()}
             for turn in range(steps):
                 for name in rotated(list(arms), (number - 1) * steps + turn):

@@ -190,6 +190,15 @@ def test_read_again_are_the_same_rows(tmp_path: Path) -> None:
     assert [(one.source, one.line) for one in rows] == [(one.source, one.line) for one in read_chat(path)]
 
 
+def test_keys_that_nobody_reads_may_hold_anything(tmp_path: Path) -> None:
+    text = lines(tmp_path / "rows.jsonl", 3).read_text()
+    deep = "[" * 400 + "]" * 400
+    for value in ('"\\ud800"', deep, "1" * 400, "1e999"):
+        path = tmp_path / "odd.jsonl"
+        path.write_text(text.replace('"id": 1', f'"id": {value}'))
+        assert list(read_valid(validate_chat(path))) == list(read_chat(path))
+
+
 @pytest.mark.parametrize(
     "change",
     [
