@@ -28,6 +28,7 @@ from benchmarks.ratios import (
     peaks,
     spreads,
     table,
+    timed,
     without,
 )
 from benchmarks.rounds import say
@@ -74,7 +75,7 @@ def measure(keys: Sequence[str], runs: int, steps: int, seed: int, report: Repor
         def save(found: dict[str, Any]) -> None:
             report.add(
                 times,
-                spreads(times, found["raw"]),
+                timed(times, found["steps"], found["raw"]),
                 missing=without(times, found["missing"]),
                 workload=found["workload"],
                 floor=found.get("floor", {}),

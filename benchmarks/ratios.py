@@ -30,6 +30,8 @@ TIME: dict[str, Ratio] = {
     "steering_over_plain": Ratio("steering", "plain", 1.03, 1.01),
     "kl_over_naive": Ratio("kl", "naive", 0.75, 0.55),
 }
+OWN_ORDER = ("trl", "naive")
+"""Arms that take the rows of a round in an order of their own: in a turn theirs are others, in a round the same."""
 MEMORY: dict[str, Ratio] = {
     "kl_memory_over_plain": Ratio("kl", "plain", 1.05, 1.02),
     "memory_vocab_doubled": Ratio("kl-vocab-doubled", "kl-vocab", 1.03, 1.00),
@@ -64,19 +66,33 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {key: round(value, 4) for key, value in found.items()} | {"runs": len(values)}
 
 
-def within_rounds(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Divide round by round, so that what slows a whole round down cancels; rounds that only one has are left out."""
+def within_pairs(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Divide pair by pair, so that what slows the machine for a while cancels; what only one has is left out."""
     return [a / b for a, b in zip(over, under, strict=False)]
 
 
 def spreads(ratios: Mapping[str, Ratio], raw: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """Return the spread of each ratio of which both sides were measured in at least one round."""
+    """Return the spread of each ratio of which both sides were measured at least once."""
     found = {}
     for key, ratio in ratios.items():
         over = raw.get(ratio.over, ())
-        values = list(over) if not ratio.under else within_rounds(over, raw.get(ratio.under, ()))
+        values = list(over) if not ratio.under else within_pairs(over, raw.get(ratio.under, ()))
         if values:
             found[key] = spread(values)
+    return found
+
+
+def timed(
+    ratios: Mapping[str, Ratio], steps: Mapping[str, Sequence[float]], rounds: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Any]]:
+    """Return the spread of each ratio of times: over turns where both sides take the same rows in each, else rounds.
+
+    Turns are more, and nearer in time, so that their median feels what slows the machine for a while less.
+    """
+    found = {}
+    for key, ratio in ratios.items():
+        by_round = ratio.over in OWN_ORDER or ratio.under in OWN_ORDER
+        found |= spreads({key: ratio}, rounds if by_round else steps)
     return found
 
 

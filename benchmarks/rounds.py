@@ -32,7 +32,8 @@ def measure(
     """Time each arm for ``runs`` rounds of ``steps`` optimizer steps, in turns of one step, another arm first in each.
 
     Some steps are thrown away before: one of each arm, and those of a whole epoch of an arm that reads what an earlier
-    epoch left. All arms train the same rows in a round, so a ratio of seconds is one of seconds per target token.
+    epoch left. All arms train the same rows in a round, and but for those of an order of their own in
+    each turn, so a ratio of seconds is one of seconds per target token.
 
     Args:
         names: arms, in the order in which they take turns.

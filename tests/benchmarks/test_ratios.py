@@ -14,8 +14,9 @@ from benchmarks.ratios import (
     spread,
     spreads,
     table,
+    timed,
     verdict,
-    within_rounds,
+    within_pairs,
     without,
 )
 from hypothesis import given
@@ -32,8 +33,8 @@ def test_spread_of_known_values() -> None:
 
 def test_a_ratio_is_taken_within_a_round() -> None:
     # The second round's machine is ten times slower: over medians of columns the ratio would not be 2.
-    assert within_rounds([2.0, 20.0, 6.0], [1.0, 10.0, 3.0]) == [2.0, 2.0, 2.0]
-    assert within_rounds([2.0, 20.0], [1.0]) == [2.0]
+    assert within_pairs([2.0, 20.0, 6.0], [1.0, 10.0, 3.0]) == [2.0, 2.0, 2.0]
+    assert within_pairs([2.0, 20.0], [1.0]) == [2.0]
 
 
 @given(st.lists(seconds, min_size=1, max_size=5), seconds)
@@ -41,6 +42,15 @@ def test_a_ratio_does_not_know_how_fast_the_machine_is(rounds: list[float], spee
     ratios = {"x": Ratio("a", "b", 1, 1)}
     slow = {"a": [2 * s * speed for s in rounds], "b": [s * speed for s in rounds]}
     assert spreads(ratios, slow)["x"] == {"median": 2.0, "min": 2.0, "max": 2.0, "runs": len(rounds)}
+
+
+def test_turns_are_compared_where_both_sides_have_the_same_rows_in_them() -> None:
+    ratios = {"turns": Ratio("kl", "plain", 1, 1), "rounds": Ratio("plain", "trl", 1, 1)}
+    steps = {"kl": [2.0, 3.0, 8.0, 2.0], "plain": [1.0, 3.0, 2.0, 2.0], "trl": [9.0, 7.0, 5.0, 3.0]}
+    rounds = {"kl": [5.0, 10.0], "plain": [4.0, 4.0], "trl": [16.0, 8.0]}
+    found = timed(ratios, steps, rounds)
+    assert found["turns"] == {"median": 1.5, "min": 1.0, "max": 4.0, "runs": 4}
+    assert found["rounds"] == {"median": 0.375, "min": 0.25, "max": 0.5, "runs": 2}
 
 
 def test_what_was_not_measured_has_no_ratio() -> None:

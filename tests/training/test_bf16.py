@@ -57,6 +57,7 @@ def test_a_body_in_bf16_is_near_one_in_fp32(train: Any, name: str) -> None:
         for key in one:
             if key == "kl" or key.endswith("_term"):
                 # A term is a difference of two passes in bfloat16, each with three significant digits.
-                assert other[key] == pytest.approx(one[key], rel=0.15, abs=0.01), (one["step"], key)
+                near_zero = 0.05 if key.startswith("constrained_sft") else 0.01  # a mean of both signs
+                assert other[key] == pytest.approx(one[key], rel=0.15, abs=near_zero), (one["step"], key)
     moved, also = adapter(exact) - start, adapter(near) - start
     assert torch.nn.functional.cosine_similarity(moved, also, dim=0) > 0.8
