@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from holdtrue.data.jsonl import Tally, json_name, read_again, read_numbered, shown_key, text_fault
 from holdtrue.errors import DataError, Problem, nearest
@@ -24,7 +24,8 @@ _ROW_TOOL_KEYS = ("tools", "functions")
 _OTHER_NAMES = {"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-class Message(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Message:
     """One turn. ``weight`` 0 keeps an assistant's turn as context only; other roles have no use for it."""
 
     role: str

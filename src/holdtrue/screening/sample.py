@@ -39,7 +39,7 @@ def one_answer(row: ChatRow) -> ChatRow:
     last = max((i for i, m in enumerate(row.messages) if m.role == "assistant" and m.weight), default=None)
     if last is None:
         return row
-    before = tuple(m._replace(weight=0) if m.role == "assistant" else m for m in row.messages[:last])
+    before = tuple(replace(m, weight=0) if m.role == "assistant" else m for m in row.messages[:last])
     return replace(row, messages=(*before, row.messages[last]))
 
 
