@@ -150,7 +150,8 @@ def _encode(
     for split, summary in splits.items():
         rows: Iterator[ChatRow] = read_valid(summary)
         if split == "train":
-            rows = _without(rows, held_out_rows(spec, summary.rows))
+            if spec.data.holdout:
+                rows = _without(rows, held_out_rows(spec, summary.rows))
             for defense in spec.defenses:
                 context = RowsContext(
                     task_rows=summary.rows - spec.data.holdout,
