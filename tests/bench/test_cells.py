@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from holdtrue.bench import GridSpec, expand, load_grid
+from holdtrue.bench import GridSpec, expand, load_grid, look
 from holdtrue.data import builtins
 
 Write = Callable[..., Path]
@@ -76,13 +76,14 @@ def test_another_model_in_a_folder_that_a_defense_names_is_another_run(
 
 
 def test_a_setting_that_is_renamed_keeps_its_folder(write: Write, values: dict[str, Any], tmp_path: Path) -> None:
-    cells = tmp_path / "cells"
     old = expand(load_grid(write()))[1]
-    old.folder(cells).mkdir(parents=True)
+    there = tmp_path / "cells" / old.slug
+    there.mkdir(parents=True)
     values["settings"] = {"undefended": [], "renamed": values["settings"]["kl"]}
-    new = expand(load_grid(write()))[1]
-    assert new.slug != old.slug
-    assert new.folder(cells) == old.folder(cells)
+    grid = load_grid(write())
+    cells = expand(grid)
+    assert cells[1].slug != old.slug
+    assert [state.folder == there for state in look(grid, cells, tmp_path).states] == [False, True]
 
 
 # Everything that changes what a run does, as a path into the grid and values that differ from its own.

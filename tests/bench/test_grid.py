@@ -24,6 +24,7 @@ from holdtrue.engines import LocalEngine
 from holdtrue.errors import Interrupted, RunError, SpecError
 from holdtrue.runs import Run
 from holdtrue.runs.tasks import sha256_of
+from support import write_rows
 
 Write = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -88,8 +89,8 @@ def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(
     # The second cell takes the untouched model's measurement from the first, which is beside it.
     second = Run(out / index["cells"][1]["folder"]).evaluation("likelihood", "untouched") or {}
     assert second["measured_in"] == Path(index["cells"][0]["folder"]).name
-    for name in ("results.md", "results.tex", "results.csv", "pick.json", "strength", "pareto"):
-        assert list((out / "tables").glob(f"{name}*")) or name in ("strength", "pareto")
+    for name in ("results.md", "results.tex", "results.csv", "pick.json"):
+        assert (out / "tables" / name).stat().st_size
     page = (out / "index.html").read_text()
     assert page.count('href="reports/') == 2
     links = [link.split('"')[0] for link in page.split(' href="')[1:]]
@@ -105,6 +106,41 @@ def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(
     assert len(after) == 3
     assert {name: after[name] for name in before} == before
     assert [cell["status"] for cell in index["cells"]] == ["done", "done"]
+
+
+def test_another_measurement_trains_nothing_again(write: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, index = run(write(), out)
+    assert code == 0
+    first = Run(out / index["cells"][1]["folder"])
+
+    lines = (tmp_path / "probes.jsonl").read_text().splitlines()
+    write_rows(tmp_path / "other.jsonl", list(map(json.loads, lines[:4])))
+
+    def other(values: dict[str, Any]) -> None:
+        values["evaluate"]["data"]["likelihood"] = "other.jsonl"
+
+    code, index = run(write(other), out)
+    assert code == 0
+    assert [cell["status"] for cell in index["cells"]] == ["done", "done"]
+    second = Run(out / index["cells"][1]["folder"])
+    assert second.path != first.path
+    assert second.marker("train") == first.marker("train")
+    assert not second.checkpoints.exists()
+    assert [event["event"] for event in second.events()].count("forked") == 1
+    own = second.evaluation("likelihood")
+    assert own is not None
+    assert (own["n"], own["data"]["of_spec"]) == (4, True)
+    assert second.evaluation("fit") == first.evaluation("fit")
+    (old,) = [r for r in second.evaluations() if (r["suite"], r["which"], r["n"]) == ("likelihood", "tuned", 6)]
+    assert not old["data"]["of_spec"]
+
+    # Rows that have changed since are another training, whatever is measured.
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[1:]))
+    before = trained(out)
+    assert run(write(), out)[0] == 0
+    assert len(set(trained(out)) - set(before)) == 2
 
 
 def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(write: Write, tmp_path: Path, capfd: Capture) -> None:
@@ -125,6 +161,11 @@ def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(write: Write, tmp_path
     assert "2 failed" in page
     assert "no-such-model" in page
     assert "(0 of 1 seeds)" in (out / "tables" / "results.md").read_text()
+
+    # Tables that are written later still say so.
+    assert main(["bench", str(tmp_path / "grid.yaml"), "--out", str(out), "--tables", "--json"]) == 1
+    assert len(json.loads(capfd.readouterr().out)["failed"]) == 2
+    assert "no-such-model" in (out / "index.html").read_text()
 
 
 def test_killed_and_run_again_equals_uninterrupted(write: Write, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_two_settings_that_are_one_run_are_refused(write: Write) -> None:
         expand(grid)
 
 
-def test_the_grid_is_the_product_with_strengths_rising(write: Write) -> None:
+def test_the_grid_is_the_product_in_the_files_order(write: Write) -> None:
     def update(v: dict[str, Any]) -> None:
         v["settings"]["kl"] = {
             "defenses": ["kl", {"interleave": {"pool": "held.jsonl"}}],
@@ -85,8 +85,8 @@ def test_the_grid_is_the_product_with_strengths_rising(write: Write) -> None:
     names = [variant.name for variant in grid.variants()]
     assert names[:3] == [
         "undefended",
-        "kl kl.weight=0.1, interleave.fraction=0.2",
-        "kl kl.weight=0.1, interleave.fraction=0.5",
+        "kl kl.weight=3, interleave.fraction=0.5",
+        "kl kl.weight=3, interleave.fraction=0.2",
     ]
     assert len(names) == 1 + 3 * 2
     assert grid.baseline == "undefended"

@@ -60,12 +60,12 @@ def filled(path: Path, out: Path, effect: Callable[[str, int], tuple[float, floa
             margins([v - fall * w for v, w in zip([1.0, 1.1, 0.9, 1.0], [0.9, 1.1, 1.0, 1.0], strict=True)]),
             losses([v - learned * w for v, w in zip([3.0, 3.1, 2.9, 3.0], [1.1, 0.9, 1.0, 1.0], strict=True)]),
         )
-        finish(Run.create(cell.folder(out / "cells"), cell.spec), tuned, seconds)
+        finish(Run.create(out / "cells" / cell.slug, cell.spec), tuned, seconds)
     return look(grid, cells, out)
 
 
 def update(values: dict[str, Any]) -> None:
-    values["settings"] = {"undefended": [], "kl": {"defenses": ["kl"], "strengths": {"kl.weight": [3, 0.1, 1]}}}
+    values["settings"] = {"undefended": [], "kl": {"defenses": ["kl"], "strengths": {"kl.weight": [0.1, 1, 3]}}}
     values["seeds"] = [0, 1]
     values["bounds"] = {"shift_undone": 0.8, "narrow_kept": 0.7, "benign_kept": None, "cost": 1.5}
 
@@ -188,6 +188,35 @@ def test_an_undefended_model_that_did_not_move_lets_nothing_be_picked(write: Wri
     (found,) = pick(bench.grid, summarize(bench))
     assert found.chosen is None
     assert "not clear of zero" in found.text()
+
+
+def test_an_undefended_model_that_moved_the_other_way_leaves_nothing_to_undo_or_to_keep(
+    write: Write, tmp_path: Path
+) -> None:
+    """Without a defense the margin rises and the loss rises: a defense that prevents both has won nothing."""
+
+    def better(name: str, seed: int) -> tuple[float, float, float]:
+        fall, learned, seconds = even(name, seed)
+        return -fall, -learned, seconds
+
+    bench = filled(write(update), tmp_path / "out", better)
+    (found,) = pick(bench.grid, summarize(bench))
+    assert found.chosen is None
+    assert not any(c.met for each in found.candidates for c in each.checks if c.bound != "cost")
+    assert found.text().count("moved the other way") == 2
+    (shown,) = shares(bench.grid, summarize(bench)).values()
+    assert {cell.value for _, cells in share_rows(shown) for cell in cells[:2]} == {"–"}
+
+
+def test_a_bound_under_triggers_needs_the_suite(write: Write, tmp_path: Path) -> None:
+    def asking(values: dict[str, Any]) -> None:
+        update(values)
+        values["bounds"]["triggered_undone"] = 0.5
+
+    bench = filled(write(asking), tmp_path / "out", even)
+    (found,) = pick(bench.grid, summarize(bench))
+    assert found.chosen is None
+    assert "triggered undone on houses: not measured." in found.text()
 
 
 def test_intervals_decide_whether_a_pick_is_sure(write: Write, tmp_path: Path) -> None:

@@ -46,10 +46,6 @@ class Cell(NamedTuple):
         text = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-.") for word in words)
         return f"{text[:96]}-{self.key[:ADDRESS]}"
 
-    def folder(self, cells: Path) -> Path:
-        """Return the cell's run directory: one that is there under an older name, or a new one."""
-        return next(iter(sorted(cells.glob(f"*-{self.key[:ADDRESS]}"))), cells / self.slug)
-
 
 def expand(grid: GridSpec) -> list[Cell]:
     """Return the grid's cells: by model, data, setting, seed, in the grid's order.

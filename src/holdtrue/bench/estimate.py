@@ -61,6 +61,8 @@ class Estimate(NamedTuple):
     seconds: float | None
 
 
+GPU = Hardware(True, GPU_FLOPS)
+"""One large data-center GPU."""
 LIBRARIES = 2**30
 """Bytes of a worker's process beside its cell's: Python, torch and what they load."""
 
@@ -68,7 +70,12 @@ LIBRARIES = 2**30
 def hardware() -> Hardware:
     """Return what cells would run on here; asks the driver, and loads no torch."""
     gpu = any(Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc").is_dir() else False
-    return Hardware(gpu, GPU_FLOPS if gpu else CPU_FLOPS * (os.cpu_count() or 1))
+    return GPU if gpu else processor()
+
+
+def processor() -> Hardware:
+    """Return this machine's processor, as far as this process may use it."""
+    return Hardware(False, CPU_FLOPS * _cores())
 
 
 def estimate_cells(cells: Sequence[Cell], where: Hardware | None = None) -> list[Estimate]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import filelock
 
-from holdtrue.bench.cells import Cell
+from holdtrue.bench.cells import ADDRESS, Cell
+from holdtrue.bench.reuse import Trained
 from holdtrue.bench.spec import GridSpec
 from holdtrue.engines import Engine, Job, Outcome
 from holdtrue.errors import HoldtrueError, Interrupted, RunError, SpecError
@@ -95,8 +96,25 @@ class Bench:
 def look(grid: GridSpec, cells: Sequence[Cell], out: str | Path) -> Bench:
     """Return how a grid's cells stand in a folder, which need not be there; nothing is written."""
     folder = Path(out).absolute()
-    states = [_state(cell, folder) for cell in cells]
+    there = _addressed(folder / CELLS)
+    known = _failures(folder / INDEX)
+    states = [_state(cell, folder, there, known) for cell in cells]
     return Bench(folder, grid, states)
+
+
+def _addressed(cells: Path) -> dict[str, Path]:
+    """Return the folders of cells by the digits of their key: the folder is read once, however many cells there are."""
+    folders = sorted(cells.iterdir(), reverse=True) if cells.is_dir() else []
+    return {folder.name.rpartition("-")[2]: folder for folder in folders}
+
+
+def _failures(index: Path) -> dict[str, dict[str, Any]]:
+    """Return the cells that a grid's index calls failed, by their keys; none where it cannot be read."""
+    try:
+        cells = files.read_json(index)["cells"]
+        return {cell["key"]: cell for cell in cells if cell["status"] == "failed"}
+    except (OSError, HoldtrueError, LookupError, TypeError):
+        return {}
 
 
 def fill(
@@ -130,6 +148,12 @@ def fill(
         bench = look(grid, cells, folder)
         for state in bench.states:
             state.before = state.status == "done"
+            if state.status == "failed":  # is tried again
+                state.status, state.error = "pending", None
+        trained = Trained(folder / CELLS)
+        for state in bench.states:
+            if not is_run(state.folder):
+                trained.fork(state.folder, state.cell.spec)
         bench.write_index()
         states = {state.cell.key: state for state in bench.states}
         jobs = [Job(s.cell.key, s.folder, s.cell.spec.canonical()) for s in bench.states if s.status != "done"]
@@ -171,16 +195,18 @@ def lock(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def _state(cell: Cell, out: Path) -> State:
-    folder = cell.folder(out / CELLS)
+def _state(cell: Cell, out: Path, there: Mapping[str, Path], failed: Mapping[str, dict[str, Any]]) -> State:
+    folder = there.get(cell.key[:ADDRESS], out / CELLS / cell.slug)
     state = State(cell, folder)
+    if (known := failed.get(cell.key)) is not None:
+        state.status, state.error, state.seconds = "failed", known.get("error"), known.get("seconds")
     if not is_run(folder):
         return state
     try:
         run = Run(folder)
         if run.is_done(STAGES[-1]):
             markers = [run.marker(stage) for stage in STAGES]
-            state.status, state.seconds = "done", sum(m["seconds"] for m in markers if m)
+            state.status, state.seconds, state.error = "done", sum(m["seconds"] for m in markers if m), None
     except HoldtrueError as error:
         # A damaged run says so again when it is executed; the rest of the grid need not wait for it.
         state.error = {"type": type(error).__name__, "message": str(error)}

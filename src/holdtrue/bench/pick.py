@@ -12,6 +12,9 @@ from holdtrue.bench.summary import Group, Table
 from holdtrue.runs.report.measures import Estimate
 
 SHIFT = {"misaligned": ("general", "misaligned"), "margin": ("likelihood", "margin")}
+TRIGGERED = ("conditional", "misaligned")
+NEEDED = {"shift_undone": "narrow", "triggered_undone": "narrow", "narrow_kept": "narrow", "benign_kept": "benign"}
+"""The kind of data that each bound is checked on."""
 
 
 class Check(NamedTuple):
@@ -63,7 +66,7 @@ class Pick:
     """What was picked for a model.
 
     Attributes:
-        chosen: the first setting in the grid's order, strengths rising, that meets all bounds; or ``None``.
+        chosen: the first setting in the grid's order that meets all bounds; or ``None``.
         nearest: where none does, the one that misses them by least.
         candidates: all defended settings, in the grid's order.
         shift: what was taken for the shift to misalignment.
@@ -158,6 +161,9 @@ def _checks(grid: GridSpec, bounds: Bounds, tables: Sequence[Table], setting: st
             if bounds.shift_undone is not None:
                 ratio = shift_undone(group, base, grid.shift())
                 found.append(_least("shift_undone", bounds.shift_undone, table.data, ratio))
+            if bounds.triggered_undone is not None:
+                ratio = undone(change_ratio(group, base, *TRIGGERED))
+                found.append(_least("triggered_undone", bounds.triggered_undone, table.data, ratio))
             if bounds.narrow_kept is not None:
                 found += [
                     _least("narrow_kept", bounds.narrow_kept, table.data, r) for r in kept(table, group, base).values()
@@ -167,7 +173,7 @@ def _checks(grid: GridSpec, bounds: Bounds, tables: Sequence[Table], setting: st
                 found.append(_least("benign_kept", bounds.benign_kept, f"{table.data} {task}".strip(), ratio))
         if bounds.cost is not None:
             found.append(_most("cost", bounds.cost, table.data, group.cost))
-    for bound, learns in (("shift_undone", "narrow"), ("narrow_kept", "narrow"), ("benign_kept", "benign")):
+    for bound, learns in NEEDED.items():
         limit = getattr(bounds, bound)
         if limit is not None and all(table.learns != learns for table in tables):
             why = f"the grid has no data with learns: {learns}; add some, or set bounds.{bound} to null"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import typer
 
@@ -89,7 +89,7 @@ def _confirm(before: Bench, yes: bool) -> None:
     left = [state.cell for state in before.states if state.status != "done"]
     if yes or len(left) <= MANY:
         return
-    text = f"{len(left)} cells are to be run. {_cost_line(_estimates(left))}"
+    text = f"{len(left)} cells are to be run. {_Cost.of(left).told()}"
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise SpecError(f"{text} To run so many without a terminal to ask on, give --yes; --dry-run lists them")
     say(text)
@@ -103,17 +103,38 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     return estimate_cells(cells)
 
 
-def _cost_line(estimates: Sequence[Estimate]) -> str:
-    from holdtrue.bench.estimate import hardware
+class _Cost(NamedTuple):
+    """What cells take together: seconds and the peak in bytes of a cell, on a GPU and here."""
 
-    known = [each for each in estimates if each.seconds is not None]
-    seconds = sum(each.seconds or 0.0 for each in known)
-    unit = f"{seconds / 3600:.1f} GPU hours" if hardware().gpu else f"{duration(seconds)} on this machine's CPU"
-    peak = max((each.memory or 0.0 for each in known), default=0.0)
-    tokens = sum(each.tokens for each in estimates)
-    unknown = len(estimates) - len(known)
-    more = f" Of {unknown} the size of the model is unknown: they are not in it." if unknown else ""
-    return f"About {tokens:,} training tokens, {unit}, {peak / 2**30:.1f} GiB at the peak of a cell.{more}"
+    tokens: int
+    unknown: int
+    gpu_seconds: float
+    gpu_peak: float
+    cpu_seconds: float
+    cpu_peak: float
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell]) -> Self:
+        from holdtrue.bench import estimate_cells
+        from holdtrue.bench.estimate import GPU, processor
+
+        gpu, cpu = (estimate_cells(cells, where) for where in (GPU, processor()))
+        sums = [
+            number
+            for found in (gpu, cpu)
+            for number in (sum(e.seconds or 0.0 for e in found), max((e.memory or 0.0 for e in found), default=0.0))
+        ]
+        return cls(sum(e.tokens for e in gpu), sum(e.seconds is None for e in gpu), *sums)
+
+    def told(self) -> str:
+        """Say it in words: for a large GPU always, and for this machine's processor where it has no GPU."""
+        from holdtrue.bench.estimate import hardware
+
+        text = f"{self.gpu_seconds / 3600:.1f} GPU hours and {self.gpu_peak / 2**30:.1f} GiB at the peak of a cell"
+        if not hardware().gpu:
+            text += f" on a GPU; {duration(self.cpu_seconds)} and {self.cpu_peak / 2**30:.1f} GiB on this machine's CPU"
+        more = f" Of {self.unknown} the size of the model is unknown: they are not in it." if self.unknown else ""
+        return f"About {self.tokens:,} training tokens, {text}.{more}"
 
 
 def _dry_result(before: Bench, cells: Sequence[Cell]) -> Result:
@@ -121,17 +142,18 @@ def _dry_result(before: Bench, cells: Sequence[Cell]) -> Result:
 
     estimates = _estimates(cells)
     left = [e for e, state in zip(estimates, before.states, strict=True) if state.status != "done"]
+    cost = _Cost.of([state.cell for state in before.states if state.status != "done"])
     entries = [
         {**state.to_json(before.out), "estimate": each._asdict()}
         for state, each in zip(before.states, estimates, strict=True)
     ]
-    gpu_hours = sum(e.seconds or 0.0 for e in left) / 3600 if hardware().gpu else None
     document = {
         "out": str(before.out),
         "cells": entries,
         "left": len(left),
         "seconds": sum(e.seconds or 0.0 for e in left),
-        "gpu_hours": gpu_hours,
+        "gpu_hours": cost.gpu_seconds / 3600,
+        "gpu_peak_bytes": cost.gpu_peak,
         "hardware": "gpu" if hardware().gpu else "cpu",
         "model": MODEL,
     }
@@ -145,7 +167,7 @@ def _dry_result(before: Bench, cells: Sequence[Cell]) -> Result:
             seconds = "–" if each.seconds is None else duration(each.seconds)
             table.add_row(state.cell.title, state.status, f"{each.tokens:,}", f"{each.sampled:,}", memory, seconds)
         console.print(table)
-        console.print(f"\n{len(left)} of {len(cells)} cells are to be run. {_cost_line(left)}", markup=False)
+        console.print(f"\n{len(left)} of {len(cells)} cells are to be run. {cost.told()}", markup=False)
         console.print(f"How this is reckoned: {MODEL}.", markup=False)
 
     return Result(document, show)

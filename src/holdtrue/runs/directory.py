@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any, Literal
 import filelock
 
 from holdtrue.errors import RunError, SpecError, nearest
+from holdtrue.models.store import new_folder
 from holdtrue.runs import files
 from holdtrue.runs.spec import RunSpec, differences
 
 Stage = Literal["screen", "prepare", "train", "finalise", "evaluate", "gate"]
 STAGES: tuple[Stage, ...] = ("screen", "prepare", "train", "finalise", "evaluate", "gate")
 """All there are; a run has those of :attr:`Run.stages`."""
+MEASURING: dict[Stage, str] = {"evaluate": "evaluate", "gate": "gate"}
+"""Stages that look at a finished adapter, each with the section of the spec that is its own."""
 
 
 class Run:
@@ -49,6 +53,7 @@ class Run:
             self.name: str = stored.get("name") or self.path.name
             # The hash it was made with: a version that knows more keys reads the same run, and finds its stages done.
             self._hash: str = stored["hash"]
+            self._trained_under: str = stored.get("trained_under", self._hash)
         except FileNotFoundError:
             raise SpecError(_not_a_run(Path(path))) from None
         except SpecError as error:
@@ -187,7 +192,36 @@ class Run:
         index = self.stages.index(stage)
         before = self.path / "stages" / f"{self.stages[index - 1]}.json"
         content = before.read_bytes() if index and before.exists() else b""
-        return hashlib.sha256(f"{stage}:{self._hash}:".encode() + content).hexdigest()
+        spec = self._hash if stage in MEASURING else self._trained_under
+        return hashlib.sha256(f"{stage}:{spec}:".encode() + content).hexdigest()
+
+    def fork(self, path: str | Path, spec: RunSpec) -> Run:
+        """Copy this run, once it is trained, into a new folder under a spec that differs in what is measured alone.
+
+        The copy has the adapter and all that was measured so far; ``evaluate`` and ``gate`` are due again, and measure
+        what is missing. Checkpoints stay behind.
+
+        Raises:
+            SpecError: the specs differ in more than that.
+            RunError: the run is not trained yet, or the folder cannot be written.
+        """
+        if changed := differences(_trained_part(self.spec), _trained_part(spec)):
+            raise SpecError(f"{self.path} was trained under another spec: {'; '.join(changed)}")
+        if not self.is_done("finalise"):
+            raise RunError(f"{self.path} is not trained yet: holdtrue resume {self.path}")
+        folder = Path(path).absolute()
+        left = shutil.ignore_patterns("checkpoints", ".*", "gate.json", *(f"{stage}.json" for stage in MEASURING))
+        with files.disk_errors(folder), new_folder(folder) as copy:
+            shutil.copytree(self.path, copy, ignore=left, dirs_exist_ok=True)
+            for record in (copy / "evaluations").glob("*.json"):
+                told = files.read_json(record)
+                told["data"]["of_spec"] = False  # until it is asked for again
+                files.write_json(record, told)
+            stored = {"format": 1, "name": folder.name, "hash": spec.hash(), "spec": spec.canonical()}
+            files.write_json(copy / "spec.json", {**stored, "trained_under": self._trained_under})
+        fork = Run(folder)
+        fork.record("forked", of=str(self.path))
+        return fork
 
     def is_done(self, stage: Stage) -> bool:
         """Say whether a stage and all before it are finished, for this spec; one that it does not have is."""
@@ -222,6 +256,10 @@ class Run:
             yield
         finally:
             lock.release()
+
+
+def _trained_part(spec: RunSpec) -> dict[str, Any]:
+    return {key: value for key, value in spec.canonical().items() if key not in MEASURING.values()}
 
 
 def is_run(path: Path) -> bool:

@@ -188,14 +188,17 @@ def _progress(run: Run, control: Control, name: str) -> Callable[[int, int], Non
 
 
 def held_out_rows(spec: RunSpec, rows: int) -> frozenset[int]:
-    """Return which rows of the training file, from 0, are split off it; ``SpecError`` when that leaves none."""
+    """Return which rows of the training file, from 0, are split off it; ``SpecError`` when that leaves none.
+
+    They depend on the two numbers alone: runs that differ in their training seed are measured on the same rows.
+    """
     if not spec.data.holdout:
         return frozenset()
     if spec.data.holdout >= rows:
         raise SpecError(
             f"data.holdout is {spec.data.holdout}, and {spec.data.train} has {rows} rows: leave some to train on"
         )
-    return frozenset(random.Random(spec.training.seed).sample(range(rows), spec.data.holdout))
+    return frozenset(random.Random(f"holdout of {rows}").sample(range(rows), spec.data.holdout))
 
 
 def _split_off(run: Run, summary: ChatSummary) -> None:

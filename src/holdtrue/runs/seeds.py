@@ -75,6 +75,11 @@ def seed_rows(group: Sequence[Run], suite: str, metric: str, sha256: str) -> lis
     return found
 
 
+def is_share(suite: str, metric: str) -> bool:
+    """Return whether a number is the share of rows that have something."""
+    return _COLUMNS[suite][metric][2]
+
+
 def _float(value: Any) -> float | None:
     return None if value is None else float(value)
 
