@@ -20,7 +20,16 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdtrue.data import ChatEncoder, load_prepared, prepare_rows, read_chat
-from holdtrue.defenses import Defense, GradientContext, RowsContext, RunContext, available, describe, parse
+from holdtrue.defenses import (
+    Defense,
+    GradientContext,
+    LossDefense,
+    RowsContext,
+    RunContext,
+    available,
+    describe,
+    parse,
+)
 from holdtrue.errors import SpecError
 from holdtrue.evaluation import MarginProbe
 from holdtrue.models import (
@@ -373,6 +382,21 @@ def test_two_in_either_order_are_one_run_or_refused(train: Train, one: str, othe
     assert len(there.steps) >= 2
     assert there.steps == back.steps
     assert same(there.adapter, back.adapter)
+
+
+@pytest.mark.parametrize(
+    "left_out", [{"treft"}, {"steering", "inoculation"}], ids=lambda names: "-".join(sorted(names))
+)
+def test_all_that_agree_run_together(train: Train, left_out: set[str]) -> None:
+    chosen = [name for name in NAMES if name not in left_out]
+    items = [given(name, EXAMPLES[name].cases[0])[0] for name in chosen]
+    whole, resumed, pieces = train(items), train(items, killed_after=3), train(items, micro=1)
+    assert same(whole.adapter, resumed.adapter)
+    assert whole.steps == resumed.steps
+    for one, other in zip(whole.steps, pieces.steps, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    terms = {key.removesuffix("_term") for key in whole.steps[0] if key.endswith("_term")}
+    assert terms == {name for name in chosen if issubclass(available()[name], LossDefense)}
 
 
 @pytest.mark.parametrize(("name", "settings"), cases("cases"))
