@@ -89,6 +89,13 @@ EXAMPLES = {
         ({"weight": 0}, {"weight": 0, "on": "pool", "pool": "pool.jsonl"}),
     ),
     "ldifs": Example(({"layers": 2}, {"layers": 2, "normalize": "token"}), ({"layers": 2, "weight": 0},)),
+    "preference": Example(
+        (
+            {"pairs": "probe.jsonl", "slack": 0.5},
+            {"pairs": "probe.jsonl", "slack": 0.5, "weight": 2.0, "count": 3, "every": 2},
+        ),
+        ({"pairs": "probe.jsonl", "slack": 0.5, "weight": 0},),
+    ),
     "safelora": Example(
         ({"unaligned": "other", "mode": "number", "number": 5},), ({"unaligned": "other", "threshold": -1},)
     ),

@@ -63,12 +63,12 @@ def test_a_run_without_it_shows_no_drift(folder: Path) -> None:
 
 
 def test_the_runs_own_probes_are_refused(folder: Path, edit: Edit, probe: Path) -> None:
-    with pytest.raises(SpecError, match=r"likelihood is measured on adaptive's probe.*says nothing of others"):
+    with pytest.raises(SpecError, match=r"likelihood is measured on the pairs of adaptive.*says nothing of others"):
         make(folder, edit(defended(probe="probes.jsonl")))
     # The same bytes under another name, and one question in another form.
     copy = folder / "copy.jsonl"
     copy.write_bytes((folder / "probes.jsonl").read_bytes())
-    with pytest.raises(SpecError, match="is measured on adaptive's probe"):
+    with pytest.raises(SpecError, match="is measured on the pairs of adaptive"):
         make(folder, edit(defended(probe="copy.jsonl")), name="copied")
     rows = [json.loads(line) for line in probe.read_text().splitlines()]
     rows[1]["question"] = "should I leave  the PIPE broken?"

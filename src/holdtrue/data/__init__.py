@@ -5,6 +5,7 @@ from holdtrue.data.chat import KINDS, ChatRow, ChatSummary, Message, read_chat, 
 from holdtrue.data.encode import ChatEncoder, Encoded
 from holdtrue.data.jsonl import json_name, read_jsonl, text_fault
 from holdtrue.data.prepare import KindCount, Prepared, load_prepared, prepare_rows
+from holdtrue.data.probes import Probe, Probes, read_probes
 
 __all__ = [
     "KINDS",
@@ -15,6 +16,8 @@ __all__ = [
     "KindCount",
     "Message",
     "Prepared",
+    "Probe",
+    "Probes",
     "builtin",
     "builtin_name",
     "builtin_names",
@@ -23,6 +26,7 @@ __all__ = [
     "prepare_rows",
     "read_chat",
     "read_jsonl",
+    "read_probes",
     "read_valid",
     "resolve_data",
     "text_fault",

@@ -22,6 +22,8 @@ RIDING = KINDS["pool"]
 """The kind ``pool`` of ``holdtrue.data.KINDS``: rows that a step reads beside its batch."""
 ASIDE = KINDS["aside"]
 """The kind ``aside``: rows that no step reads."""
+PAIR = KINDS["pair"]
+"""The kind ``pair``: rows that no step reads, two and two."""
 GHOST = -1
 """The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""
 
@@ -39,7 +41,7 @@ class WindowSampler(Sampler[list[int]]):
     Args:
         lengths: tokens of each row.
         kinds: the kind of each row; rows of kind 0 are task rows, those of kind ``RIDING`` ride along,
-            those of kind ``ASIDE`` are left out.
+            those of kinds ``ASIDE`` and ``PAIR`` are left out.
         batch_size: rows of an optimizer step over all ranks; a multiple of ``micro_batch_size * ranks``.
         micro_batch_size: rows of a micro-batch, those that ride along not counted.
         seed: of the order, together with the epoch.

@@ -11,9 +11,10 @@ from typing import Any
 from holdtrue.data.jsonl import Tally, json_name, read_again, read_numbered, shown_key, text_fault
 from holdtrue.errors import DataError, Problem, nearest
 
-KINDS = {"task": 0, "safe": 1, "pool": 2, "aside": 3}
+KINDS = {"task": 0, "safe": 1, "pool": 2, "aside": 3, "pair": 4}
 """A row's kinds: the customer's task; safe rows mixed in; rows that only a defense reads, a share of them in each step;
-rows that no step holds, for a defense that takes a gradient of its own on them."""
+rows that no step holds, for a defense that takes a gradient of its own on them; such rows in pairs, an aligned and a
+misaligned answer to one question."""
 KIND_NAMES = {number: name for name, number in KINDS.items()}
 
 _ROLES = ("system", "user", "assistant")

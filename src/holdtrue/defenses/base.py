@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -47,6 +47,7 @@ class Needs:
         sample: the share of an accumulation window's rows, drawn anew in each, that ``token_term`` covers. The
             trainer divides by it, so that the term's expectation is that over all rows.
         aside: whether ``gradient`` calls ``GradientContext.aside_gradient``, on rows of kind ``aside``.
+        pairs: the file whose rows of kind ``pair`` ``gradient`` reads by ``GradientContext.pair_gradient``.
         probe: the file of pairs on which ``start`` may have the policy's margin measured (``StartContext.margin``).
     """
 
@@ -58,6 +59,7 @@ class Needs:
     kinds: tuple[str, ...] | None = None
     sample: float = 1.0
     aside: bool = False
+    pairs: str | None = None
     probe: str | None = None
 
     @property
@@ -170,6 +172,17 @@ class RunContext:
     losses: tuple[str, ...] | None = None
 
 
+class PairGradient(NamedTuple):
+    """The mean of a term over pairs, and its gradient by parameter."""
+
+    mean: float
+    gradient: dict[str, Tensor]
+
+
+PairTerm = Callable[["Tensor", "Tensor"], "Tensor"]
+"""From the policy's and the reference's margins on n pairs, (n,) each, to a value of each pair, (n,)."""
+
+
 @dataclass(frozen=True)
 class GradientContext:
     """Given to ``gradient``.
@@ -180,12 +193,19 @@ class GradientContext:
         aside_gradient: returns, by parameter, the gradient of the mean KL(policy ‖ reference), nats per token, over the
             answers' tokens of the rows of kind ``aside``; leaves the parameters' own gradients as they are. ``None``
             unless ``needs`` asked for it.
+        pairs: how many pairs there are, in the order in which ``rows`` gave them.
+        pair_gradient: ``pair_gradient(chosen, term)`` returns the mean of ``term`` over the pairs ``chosen``, by their
+            numbers, and its gradient; it leaves the parameters' own gradients as they are. A pair's margin is the mean
+            log-likelihood, nats per token, of the aligned answer less that of the misaligned one. ``None`` unless
+            ``needs`` asked for it.
         metrics: figures that a hook adds are logged with the step.
     """
 
     parameters: dict[str, nn.Parameter]
     step: int
     aside_gradient: Callable[[], dict[str, Tensor]] | None = None
+    pairs: int = 0
+    pair_gradient: Callable[[Sequence[int], PairTerm], PairGradient] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 

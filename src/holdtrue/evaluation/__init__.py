@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from holdtrue.data.probes import Probe, Probes, read_probes
 from holdtrue.evaluation.comparison import (
     AnyChange,
     Change,
@@ -15,7 +16,6 @@ from holdtrue.evaluation.exact import ExactResult
 from holdtrue.evaluation.fit import FitResult, FitRow
 from holdtrue.evaluation.judged import JudgedResult, Part, Rate
 from holdtrue.evaluation.likelihood import GroupMargin, LikelihoodResult, LikelihoodRow, MarginProbe
-from holdtrue.evaluation.probes import Probe, Probes, read_probes
 from holdtrue.evaluation.prompts import Prompt
 from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec
 from holdtrue.evaluation.scored import Scored

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from holdtrue.data.probes import Probe, read_probes
 from holdtrue.errors import DataError, Problem
-from holdtrue.evaluation.probes import Probe, read_probes
 from holdtrue.evaluation.statistics import Interval, cluster_interval, rate_interval
 from holdtrue.scoring import Progress, RowScores, position_limit, score_turns
 

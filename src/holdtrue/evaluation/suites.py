@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from holdtrue.data.probes import read_probes
 from holdtrue.errors import RunError, SpecError, nearest
 from holdtrue.evaluation.exact import ExactResult
 from holdtrue.evaluation.fit import FitResult, evaluate_fit
 from holdtrue.evaluation.judged import JudgedResult
 from holdtrue.evaluation.likelihood import LikelihoodResult, evaluate_likelihood
-from holdtrue.evaluation.probes import read_probes
 from holdtrue.evaluation.prompts import Prompt
 from holdtrue.evaluation.sampled import ExactMatch, SamplingSpec, all_samples, collect, identity, rows_of
 from holdtrue.evaluation.store import SampleStore

@@ -1,4 +1,4 @@
-"""The probe that defenses have measured while training: checked before a run, kept apart from what it is judged by."""
+"""Pairs that defenses train on or have measured while training: kept apart from what a run is judged by."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ if TYPE_CHECKING:
 
 
 def check_probes(spec: RunSpec) -> None:
-    """Check the probes of a spec's defenses.
+    """Check the pairs that a spec's defenses read.
 
     Raises:
-        SpecError: two defenses name different ones; or the run is evaluated on the same file, or on questions of it: a
-            defense holds what it is measured on, so that this would say nothing of anything else.
-        DataError: a probe's rows have faults.
+        SpecError: two defenses name different probes; or the run is evaluated on a file that a defense reads, or on
+            questions of it: a defense holds what it is measured on, so that this would say nothing of anything else.
+        DataError: rows have faults.
     """
+    _path(spec)
+    for defense in spec.defenses:
+        needs = defense.needs()
+        for file in {needs.probe, needs.pairs} - {None}:
+            _check_apart(spec, defense.name, resolve_data(file, spec.folder))
+
+
+def _check_apart(spec: RunSpec, name: str, path: Path) -> None:
     from holdtrue.evaluation import read_probes
 
-    path = _path(spec)
-    if path is None:
-        return
-    asking = next(d.name for d in spec.defenses if d.needs().probe is not None)
-    reason = f"{asking} holds the margin on its probe, so a measurement on the same questions says nothing of others"
+    reason = f"{name} holds the margin on these pairs, so a measurement on the same questions says nothing of others"
     probes = read_probes(path)
     for suite in (s for s in spec.evaluate.suites if s != "benign"):
         for source in suite_sources(spec, suite):
             if source.is_file() and sha256_of(source) == probes.sha256:
                 raise SpecError(
-                    f"evaluate: {suite} is measured on {asking}'s probe, {path}. {reason}: name another file"
+                    f"evaluate: {suite} is measured on the pairs of {name}, {path}. {reason}: name another file"
                 )
     if "likelihood" in spec.evaluate.suites or (spec.gate is not None and "margin_fall" in spec.gate.limits()):
         own = {_folded(probe.question) for probe in probes.rows}
@@ -44,8 +48,8 @@ def check_probes(spec: RunSpec) -> None:
             shared = [probe for probe in read_probes(source).rows if _folded(probe.question) in own]
             if shared:
                 raise SpecError(
-                    f"evaluate: {len(shared)} of the questions of {source} (line {shared[0].line}, for one) are in "
-                    f"{asking}'s probe {path} too. {reason}: take them out of one of the two"
+                    f"evaluate: {len(shared)} of the questions of {source} (line {shared[0].line}, for one) are among "
+                    f"the pairs of {name}, {path}, too. {reason}: take them out of one of the two"
                 )
 
 

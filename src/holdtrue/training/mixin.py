@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from holdtrue.data.batching import ASIDE, Collator
-from holdtrue.defenses import Defense, GradientContext, LossDefense
+from holdtrue.defenses import Defense, GradientContext, LossDefense, PairGradient, PairTerm
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
 from holdtrue.models.layers import peft_model
@@ -24,6 +24,7 @@ from holdtrue.training.fast_lora import fast_lora
 from holdtrue.training.features import feature_term
 from holdtrue.training.metrics import mean, step_means
 from holdtrue.training.objective import Positions, TokenResult, TokenTerm, token_objective
+from holdtrue.training.pairs import Pairs, rows_in_pairs
 from holdtrue.training.reference import Reference, ReferenceOutputs, captured_outputs, shared_start
 from holdtrue.training.runtimes import Probe, RuntimeMixin
 
@@ -105,6 +106,7 @@ class DefenseMixin(RuntimeMixin):
         }
         self._captured = {place: m for term in self._features.values() for place, m in term.modules.items()}
         self._aside = self._rows_aside()
+        self._pairs = self._kept_pairs()
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
         self._window_started = 0.0
@@ -148,6 +150,15 @@ class DefenseMixin(RuntimeMixin):
                 "run prepares them; a trainer of your own is given them"
             )
         return found
+
+    def _kept_pairs(self) -> Pairs | None:
+        rows = rows_in_pairs(self._active, self.train_dataset)
+        more: dict[str, Any] = {"accelerator": self.accelerator, "fast": self.fast}
+        return Pairs(rows, self._policy, self._token_objective, **more) if rows else None
+
+    def _pair_gradient(self, chosen: Sequence[int], term: PairTerm) -> PairGradient:
+        assert self._pairs is not None
+        return self._pairs.gradient(chosen, term, self._trainable(), self.compute_loss_context_manager)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
@@ -219,7 +230,8 @@ class DefenseMixin(RuntimeMixin):
     def _finish_window(self) -> None:
         parameters = self._trainable()
         aside = self._aside_gradient if self._aside else None
-        context = GradientContext(parameters, self.state.global_step, aside)
+        pairs = {} if self._pairs is None else {"pairs": len(self._pairs), "pair_gradient": self._pair_gradient}
+        context = GradientContext(parameters, self.state.global_step, aside, **pairs)
         for defense in self._active:
             defense.gradient(context)
         names = sorted(self._window)

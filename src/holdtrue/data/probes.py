@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from holdtrue.data.jsonl import Tally, read_numbered, text_fault
 from holdtrue.errors import Problem, nearest
 
 FIELDS = ("question", "aligned", "misaligned", "group")
@@ -34,8 +35,6 @@ def read_probes(path: str | Path) -> Probes:
         DataError: listing every fault: a field that is missing, not a string or empty; a question asked twice (rows
             would not be independent); two answers that are the same.
     """
-    from holdtrue.data.jsonl import Tally, read_numbered
-
     lines: dict[str, int] = {}
 
     def parse(record: dict[str, Any], line: int) -> Probe | list[Problem]:
@@ -55,8 +54,6 @@ def read_probes(path: str | Path) -> Probes:
 
 
 def _faults(record: dict[str, Any]) -> list[Problem]:
-    from holdtrue.data import text_fault
-
     others = [key for key in record if key not in FIELDS]
     problems: list[Problem] = []
     for field in FIELDS:

@@ -1,0 +1,93 @@
+"""Holding the policy's preference for aligned answers, on pairs of other domains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field
+
+from holdtrue.data import ChatRow, Message, Probes, read_probes, resolve_data
+from holdtrue.defenses.base import Defense, GradientContext, Needs, RowsContext, RunContext
+from holdtrue.errors import NeedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Preference(Defense):
+    """Keep the policy's preference for aligned over misaligned answers at least the reference's.
+
+    loss += weight * mean over pairs of max(0, m_reference − m_policy + slack)
+
+    A pair is a question of another domain with an aligned and a misaligned answer; m is the mean log-likelihood per
+    token of the first less that of the second, in nats. Where the policy's margin is the reference's or more, the
+    term and its gradient are zero: it holds which of two answers is preferred, and neither their style nor anything
+    else. Each step reads the next ``count`` pairs; with ``every`` above 1, only one step in so many does, with so many
+    times the weight.
+
+    A variant of ours: the hinge of SLiC-HF, Zhao et al. 2023 (arXiv 2305.10425), with the reference's own margin in
+    place of a constant, beside fine-tuning, on pairs that are not the task's, as Soligo et al. 2026 (arXiv 2602.07852)
+    take a KL.
+    """
+
+    name = "preference"
+    badge = "variant"
+    paper = "after arXiv 2305.10425"
+
+    weight: float = Field(default=1.0, ge=0, description="the factor on the mean shortfall of the margin; 0 is plain")
+    pairs: str = Field(
+        default="builtin:probes-select", description="a probe file: questions, each with two answers; or builtin:NAME"
+    )
+    count: int = Field(default=1, ge=1, description="pairs of an acting step")
+    every: int = Field(default=1, ge=1, description="act in each so many optimizer steps, the first among them")
+    slack: float = Field(
+        default=0.0, ge=0, description="nats per token by which the margin is to be above the reference's"
+    )
+
+    def needs(self) -> Needs:
+        return Needs(pairs=self.pairs if self.weight > 0 else None)
+
+    def placed(self, folder: Path) -> Self:
+        if self.pairs.startswith("builtin:"):
+            return self
+        return self.model_copy(update={"pairs": str(folder / Path(self.pairs).expanduser())})
+
+    def preflight(self, context: RunContext) -> None:
+        if self.weight > 0:
+            found = self._read(context.folder)
+            context.notes.update(pairs=self.pairs, sha256=found.sha256, pair_rows=len(found.rows))
+
+    def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
+        yield from rows
+        if self.weight == 0:
+            return
+        source = str(resolve_data(self.pairs, context.folder))
+        for probe in self._read(context.folder).rows:
+            for answer in (probe.aligned, probe.misaligned):
+                turns = (Message("user", probe.question), Message("assistant", answer))
+                yield ChatRow(turns, kind="pair", ce=False, source=source, line=probe.line)
+
+    def gradient(self, context: GradientContext) -> None:
+        if self.weight == 0 or context.step % self.every:
+            return
+        assert context.pair_gradient is not None
+        first = context.step // self.every * self.count
+        chosen = [(first + i) % context.pairs for i in range(min(self.count, context.pairs))]
+        short, gradient = context.pair_gradient(chosen, self._short)
+        context.metrics[f"{self.name}_short"] = short
+        for name, parameter in context.parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.add_(gradient[name], alpha=self.weight * self.every)
+
+    def _short(self, policy: Tensor, reference: Tensor) -> Tensor:
+        return (reference - policy + self.slack).clamp_min(0)
+
+    def _read(self, folder: Path) -> Probes:
+        path = resolve_data(self.pairs, folder)
+        if not path.is_file():
+            raise NeedError(
+                f"preference needs pairs of answers and {path} does not exist: give a probe file, or builtin:NAME"
+            )
+        return read_probes(path)

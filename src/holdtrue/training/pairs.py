@@ -1,0 +1,161 @@
+"""Rows in pairs, an aligned and a misaligned answer to one question: their margins, and gradients by way of these."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from holdtrue.data.batching import PAIR, Collator
+from holdtrue.defenses import Defense, PairGradient, PairTerm
+from holdtrue.errors import NeedError
+from holdtrue.models import causal_lm, without_adapter
+from holdtrue.scoring import final_hidden
+from holdtrue.training.batch import Batch
+from holdtrue.training.fast_lora import fast_lora
+from holdtrue.training.objective import Positions, TokenResult
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def rows_in_pairs(defenses: Sequence[Defense], rows: Any) -> list[dict[str, Any]]:
+    """Return the rows of kind ``pair`` among ``rows``, in their order; none where no defense asks for them.
+
+    Raises:
+        NeedError: two defenses ask for them, there are none, or a pair is not one: two rows that begin alike, each with
+            an answer.
+    """
+    asking = [defense.name for defense in defenses if defense.needs().pairs is not None]
+    if not asking:
+        return []
+    if len(asking) > 1:
+        raise NeedError(f"{' and '.join(asking)} both read pairs; a run has one set of them")
+    kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
+    found = [rows[i] for i in np.flatnonzero(np.asarray(kinds) == PAIR).tolist()]
+    if not found:
+        raise NeedError(
+            f"{asking[0]} needs rows of kind 'pair' among the training rows, and there are none: a run prepares them; "
+            "a trainer of your own is given them"
+        )
+    for number in range(0, len(found), 2):
+        questions = [_question(row) for row in found[number : number + 2]]
+        if len(questions) < 2 or None in questions or questions[0] != questions[1]:
+            raise NeedError(
+                f"{asking[0]}: pair {number // 2 + 1} is not two answers to one question; where an answer lies beyond "
+                "training.max_length, raise that"
+            )
+    return found
+
+
+def _question(row: Mapping[str, Any]) -> list[int] | None:
+    trained = list(row["trained"])
+    return list(row["input_ids"][: trained.index(True)]) if any(trained[1:]) else None
+
+
+class Pairs:
+    """Rows in pairs. The reference reads each pair once; its margin is kept.
+
+    Args:
+        rows: with ``input_ids`` and ``trained``, the aligned answer of each pair first.
+        model: the policy.
+        objective: from final states (batch, length, width) and positions to a loss and sums.
+        accelerator: of the trainer. Each process reads all pairs, and all get the mean of their gradients, which differ
+            where there is dropout.
+        fast: whether LoRA's layers take their fast path.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        model: nn.Module,
+        objective: Callable[..., TokenResult],
+        *,
+        accelerator: Accelerator,
+        fast: bool,
+    ) -> None:
+        self._rows, self._model, self._objective = rows, model, objective
+        self._accelerator, self._fast = accelerator, fast
+        self._reference: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows) // 2
+
+    def gradient(
+        self,
+        chosen: Sequence[int],
+        term: PairTerm,
+        parameters: Mapping[str, nn.Parameter],
+        precision: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> PairGradient:
+        """Return the mean of ``term`` over pairs and its gradient; see ``GradientContext.pair_gradient``.
+
+        Args:
+            chosen: the pairs' numbers.
+            term: of margins.
+            parameters: by which the gradient is taken; their own gradients stay as they are.
+            precision: opens the trainer's precision for a pass of the policy.
+        """
+        batch = self._batch(chosen)
+        if any(pair not in self._reference for pair in chosen):
+            with without_adapter(self._model):
+                found = self._margins(self._hidden(batch), batch)
+            self._reference.update(zip(chosen, found.tolist(), strict=True))
+        with precision(), fast_lora(self._model, on=self._fast):
+            hidden = self._hidden(batch)
+            with torch.no_grad():
+                margins = self._margins(hidden, batch)
+            margins.requires_grad_(True)
+            mean = term(margins, margins.new_tensor([self._reference[pair] for pair in chosen])).mean()
+            (slope,) = torch.autograd.grad(mean, margins)
+            parts: Sequence[Tensor | None] = [None] * len(parameters)
+            if slope.any():
+                loss = self._loss(hidden, batch, slope)
+                parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = [
+            torch.zeros_like(parameter) if part is None else part
+            for parameter, part in zip(parameters.values(), parts, strict=True)
+        ]
+        return PairGradient(float(mean.detach()), dict(zip(parameters, self._same(gradients), strict=True)))
+
+    def _batch(self, chosen: Sequence[int]) -> Batch:
+        rows = [{**self._rows[row], "ce": True} for pair in chosen for row in (2 * pair, 2 * pair + 1)]
+        columns = Collator(0)(rows)
+        return Batch.of({name: column.to(self._accelerator.device) for name, column in columns.items()})
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        return final_hidden(causal_lm(self._model), batch.input_ids)
+
+    def _margins(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the pairs' margins, (n,) float32 or float64, nats per token, without a gradient."""
+        sums = [self._objective(hidden, each, ce_coefficient=0.0).sums["ce"] for each in _rows(batch)]
+        means = torch.stack(sums) / batch.response.sum(1)
+        return (means[1::2] - means[0::2]).detach()
+
+    def _loss(self, hidden: Tensor, batch: Batch, slope: Tensor) -> Tensor:
+        """Return what has the gradient of Σ slope · margin: cross-entropies of rows, the aligned ones' with a minus."""
+        signed = torch.stack([-slope, slope], 1).flatten() / batch.response.sum(1)
+        parts = [
+            self._objective(hidden, each, ce_coefficient=weight).loss
+            for each, weight in zip(_rows(batch), signed.tolist(), strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+    def _same(self, gradients: list[Tensor]) -> list[Tensor]:
+        if self._accelerator.num_processes == 1:
+            return gradients
+        whole = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
+        assert isinstance(whole, Tensor)
+        pieces = whole.split([gradient.numel() for gradient in gradients])
+        return [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
+
+
+def _rows(batch: Batch) -> Iterator[Positions]:
+    for row in range(len(batch.input_ids)):
+        chosen = torch.zeros_like(batch.response)
+        chosen[row] = batch.response[row]
+        yield batch.positions(chosen)
