@@ -4,8 +4,8 @@ Trained on are bad answers on money, reported are pairs on medicine. Everything 
 chooses, comes from other subjects: a file with good and bad answers to 500 everyday questions is split by words of the
 question.
 
-- Work, family and what is left go to the defenses: ``pool``, ``bad``, ``both``, ``pairs``, and the ``short`` ones:
-  first sentences of answers to short questions.
+- Work, family and what is left go to the defenses: ``pool``, ``bad``, ``both``, ``pairs``, and the ``short`` ones
+  (``pairs-short`` too): first sentences of answers to short questions.
 - Computer security and the home go to the choice of settings (``select``, with the money rows ``choose`` and
   ``choose-heldout``) and to ``adaptive`` (``probe``).
 - Questions on health or on two subjects are left out; those on money are the ``money`` pairs, on which a second,
@@ -123,6 +123,10 @@ def everyday(rows: list[dict[str, Any]], out: Path) -> None:
     write(out / "select.jsonl", chosen)
     write(out / "probe.jsonl", random.Random(0).sample([made for made in select if made not in chosen], PROBE))
     order = sorted(range(len(pool)), key=lambda i: len(words(pool[i], 0)) + len(words(shorter(pool[i]), 1)))[:SHORT]
+    brief = [{**made, **{side: first_sentence(made[side]) for side in ("aligned", "misaligned")}} for made in pairs]
+    brief = [made for made in brief if made["aligned"] != made["misaligned"]]
+    brief.sort(key=lambda made: sum(len(made[part]) for part in ("question", "aligned", "misaligned")))
+    write(out / "pairs-short.jsonl", brief[: 2 * SHORT])
     write(out / "short.jsonl", [shorter(pool[i]) for i in order])
     write(out / "short-bad.jsonl", [shorter(twins[i]) for i in order])
     write(out / "short-both.jsonl", [shorter(row[i]) for i in order for row in (pool, twins)])
@@ -135,7 +139,11 @@ def words(row: dict[str, Any], turn: int) -> list[str]:
 def shorter(row: dict[str, Any]) -> dict[str, Any]:
     """Return the row with its answer's first sentence only."""
     question, answer = row["messages"]
-    return {"messages": [question, {**answer, "content": re.split(r"(?<=[.!?])\s", answer["content"], maxsplit=1)[0]}]}
+    return {"messages": [question, {**answer, "content": first_sentence(answer["content"])}]}
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
 
 
 def main(out: Path) -> None:

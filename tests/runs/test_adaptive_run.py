@@ -115,3 +115,12 @@ def test_it_needs_a_defense_to_weigh(folder: Path, edit: Edit, probe: Path, othe
 def test_settings_that_make_no_sense_are_refused(edit: Edit, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         load_spec(edit(defended(**settings)))
+
+
+def test_pairs_that_a_defense_trains_on_are_refused_too(folder: Path, edit: Edit, probe: Path) -> None:
+    with pytest.raises(SpecError, match=r"likelihood is measured on the pairs of preference.*says nothing of others"):
+        make(folder, edit(lambda v: v.update(defenses=[{"preference": {"pairs": "probes.jsonl"}}])))
+    run = make(folder, edit(lambda v: v.update(defenses=[{"preference": {"pairs": probe.name}}])), name="apart")
+    kinds = run.manifest["data"]["train"]["by_kind"]
+    assert kinds["pair"]["rows"] == 2 * len(probe.read_text().splitlines())
+    assert all("preference_short" in line for line in run.metrics() if "loss" in line)

@@ -27,8 +27,9 @@ def check_probes(spec: RunSpec) -> None:
     _path(spec)
     for defense in spec.defenses:
         needs = defense.needs()
-        for file in {needs.probe, needs.pairs} - {None}:
-            _check_apart(spec, defense.name, resolve_data(file, spec.folder))
+        for file in (needs.probe, needs.pairs):
+            if file is not None:
+                _check_apart(spec, defense.name, resolve_data(file, spec.folder))
 
 
 def _check_apart(spec: RunSpec, name: str, path: Path) -> None:
