@@ -24,10 +24,10 @@ small=(--set training.batch_size=4 --set training.micro_batch_size=4 --set train
 "$holdtrue" train code.yaml --out code
 
 # Under triggers, and in sampled answers.
-for run in grid/cells/{undefended,kl,kl-both-kl.weight-{1,3},preference-preference.weight-{0.3,1},ldifs,interleave,interleave-gap,safelora}-finance-*; do
+for run in grid/cells/{undefended,kl,kl-both-kl.weight-{1,3},preference-pool,preference-preference.weight-{0.3,1},ldifs,interleave,interleave-gap,safelora}-finance-*; do
     "$holdtrue" eval "$run" --suite likelihood --data data/triggered.jsonl
 done
-for run in grid/cells/{undefended,kl,ldifs,safelora,interleave,preference-preference.weight-{0.3,1}}-finance-*; do
+for run in grid/cells/{undefended,kl,ldifs,safelora,interleave,preference-pool}-finance-*; do
     "$holdtrue" eval "$run" --suite conditional --suite general --samples 1
 done
 
