@@ -77,6 +77,18 @@ def small_rows(count: int = 45, seed: int = 0) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+def small_pairs(count: int = 3) -> datasets.Dataset:
+    """Rows of kind ``pair``: two answers to a question of four tokens each."""
+    g = torch.Generator().manual_seed(5)
+    rows = []
+    for number in range(count):
+        question = torch.randint(3, 60, (4,), generator=g).tolist()
+        for size in (3 + number, 5):
+            answer = torch.randint(3, 60, (size,), generator=g).tolist()
+            rows.append({"input_ids": question + answer, "trained": [False] * 4 + [True] * size, "length": 4 + size})
+    return datasets.Dataset.from_list([{**row, "kind": 4, "ce": False} for row in rows])
+
+
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -138,6 +138,7 @@ def test_estimates_are_from_a_sample_of_each_kind(encoder: ChatEncoder, tmp_path
     assert 500 <= found.sampled_rows <= 503
     assert found.tokens == pytest.approx(exact.tokens, rel=0.03)
     assert found.trained_tokens == pytest.approx(exact.trained_tokens, rel=0.03)
+    assert found.response_tokens == pytest.approx(exact.response_tokens, rel=0.03)
     assert found.by_kind["safe"].rows == 7
     assert found.by_kind["safe"].tokens == pytest.approx(exact.by_kind["safe"].tokens, rel=0.1)
 

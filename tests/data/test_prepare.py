@@ -53,6 +53,8 @@ def test_what_is_written_is_what_was_encoded(encoder: ChatEncoder, tmp_path: Pat
     assert prepared.trained_tokens == sum(sum(one.trained) for one in sequences[:2])
     assert {kind: count.rows for kind, count in prepared.by_kind.items()} == {"task": 1, "safe": 1, "pool": 1}
     assert prepared.by_kind["pool"].trained_tokens == 0
+    assert prepared.by_kind["pool"].response_tokens == sum(sequences[2].trained) > 0
+    assert prepared.response_tokens == sum(sum(one.trained) for one in sequences)
     assert json.loads((tmp_path / "data" / "train" / "manifest.json").read_text()) == dataclasses.asdict(prepared)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["train"]
 

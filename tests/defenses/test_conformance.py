@@ -20,16 +20,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from holdtrue.data import ChatEncoder, load_prepared, prepare_rows, read_chat
-from holdtrue.defenses import (
-    Defense,
-    GradientContext,
-    LossDefense,
-    RowsContext,
-    RunContext,
-    available,
-    describe,
-    parse,
-)
+from holdtrue.defenses import Defense, GradientContext, LossDefense, RowsContext, RunContext, available, describe, parse
 from holdtrue.errors import SpecError
 from holdtrue.evaluation import MarginProbe
 from holdtrue.models import (
@@ -228,16 +219,29 @@ def train(folder: Path, base: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     source, blank, encoder = base
     known: dict[str, Outcome] = {}
 
-    def run(defenses: list[Any], *, micro: int = 4, epochs: int = 2, killed_after: int | None = None) -> Outcome:
-        key = json.dumps([defenses, micro, epochs, killed_after])
+    def run(defenses: list[Any], **settings: Any) -> Outcome:
+        key = json.dumps([defenses, sorted(settings.items())])
         if key not in known:
-            known[key] = _run(defenses, micro, epochs, killed_after)
+            known[key] = _run(defenses, **settings)
         return known[key]
 
-    def _run(defenses: list[Any], micro: int, epochs: int, killed_after: int | None) -> Outcome:
+    def _run(
+        defenses: list[Any],
+        *,
+        micro: int = 4,
+        epochs: int = 2,
+        killed_after: int | None = None,
+        fast: bool = True,
+        moved: bool = False,
+    ) -> Outcome:
         out = tmp_path_factory.mktemp("run")
         chosen = tuple(defense.placed(folder) for defense in parse(defenses))
         model = new_adapter(copy.deepcopy(blank), AdapterSpec(r=2, alpha=4), seed=0)
+        if moved:  # away from the reference, where every term has a gradient
+            g = torch.Generator().manual_seed(1)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data = 0.1 * torch.randn(parameter.shape, generator=g)
         context = RunContext(source, adapted_weights(model), 2, folder, task_rows=8)
         rows: Any = read_chat(folder / "train.jsonl")
         for defense in chosen:
@@ -268,6 +272,7 @@ def train(folder: Path, base: Any, tmp_path_factory: pytest.TempPathFactory) -> 
                 folder=out,
                 probe=probe,
                 progress=progress,
+                fast=fast,
             )  # fmt: skip
 
         if killed_after is not None:
@@ -374,6 +379,27 @@ def test_one_by_four_equals_four_by_one(train: Train, name: str, settings: Any) 
     for a, b in zip(whole.gradients, pieces.gradients, strict=True):
         gap = sum(float((a[n] - b[n]).square().sum()) for n in a) ** 0.5
         assert gap <= 1e-4 * sum(float(a[n].square().sum()) for n in a) ** 0.5
+
+
+HELD_TO_THE_REFERENCE = [
+    case
+    for case in cases("cases")
+    if issubclass(available()[case.values[0]], LossDefense)
+    or available()[case.values[0]].gradient is not Defense.gradient
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), HELD_TO_THE_REFERENCE)
+def test_fast_paths_change_nothing_but_rounding(train: Train, name: str, settings: Any) -> None:
+    fast, plain = (train(given(name, settings), epochs=1, moved=True, fast=on) for on in (True, False))
+    for one, other in zip(fast.steps, plain.steps, strict=True):
+        assert one.keys() == other.keys()
+        for key in ("ce", "loss", "kl", *(k for k in one if k.startswith(name))):
+            assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-5, abs=1e-5), (key, one["step"])
+    assert any(one.get(f"{name}_term", 1) for one in fast.steps), "there is nothing to compare"
+    first, expected = fast.gradients[0], plain.gradients[0]
+    gap = sum(float((first[n] - expected[n]).square().sum()) for n in expected) ** 0.5
+    assert gap <= 1e-5 * sum(float(expected[n].square().sum()) for n in expected) ** 0.5
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(NAMES, 2)))

@@ -91,7 +91,7 @@ def with_aside(count: int = 5) -> tuple[datasets.Dataset, datasets.Dataset]:
 
 
 def train(
-    tmp_path: Any, defenses: list[Any], rows: Any, *, fresh: bool = False, **settings: Any
+    tmp_path: Any, defenses: list[Any], rows: Any, *, fresh: bool = False, fast: bool = True, **settings: Any
 ) -> tuple[Any, list[dict[str, Any]]]:
     model = small_model()
     MODEL["model"] = model
@@ -104,7 +104,7 @@ def train(
         str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
         **values | settings,
     )  # fmt: skip
-    trainer = DefendedTrainer(model, arguments, train_dataset=rows, defenses=defenses)
+    trainer = DefendedTrainer(model, arguments, train_dataset=rows, defenses=defenses, fast=fast)
     trainer.train()
     return model, [r for r in trainer.state.log_history if "loss" in r]
 
@@ -117,6 +117,41 @@ def test_the_gradient_of_the_rows_aside(tmp_path):
     for found, expected in SEEN[1:]:
         for ours, theirs in zip(found.values(), expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_fast_paths_change_the_gradient_of_the_rows_aside_by_rounding(tmp_path):
+    rows, MODEL["aside"] = with_aside()
+    found = []
+    for fast in (True, False):
+        SEEN.clear()
+        train(tmp_path, [Witness()], rows, fast=fast, max_steps=1)
+        found.append(torch.cat([gradient.flatten() for gradient in SEEN[0][0].values()]))
+    assert float((found[0] - found[1]).norm()) <= 1e-5 * float(found[1].norm())
+    assert float(found[1].norm()) > 0
+
+
+def test_the_reference_reads_the_rows_aside_once(tmp_path):
+    rows, aside = with_aside(6)
+    read: list[tuple[int, int]] = []
+
+    def look(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            read.append(tuple(kwargs["input_ids"].shape))
+
+    class Counting(Witness):
+        name = "counting"
+
+        def gradient(self, context: GradientContext) -> None:
+            assert context.aside_gradient is not None
+            decoder = causal_lm(MODEL["model"]).get_decoder()
+            handle = decoder.register_forward_pre_hook(look, with_kwargs=True)
+            context.aside_gradient()
+            handle.remove()
+
+    train(tmp_path, [Counting()], rows)
+    lengths = sorted(aside["length"])
+    assert sum(count for count, _ in read) == 5  # in twelve steps; one row has no answer
+    assert [longest for _, longest in read] <= [lengths[3], lengths[5]], "rows of unlike length share a pass"
 
 
 def test_it_acts_and_holds_the_rows_aside(tmp_path):

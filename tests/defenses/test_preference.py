@@ -16,19 +16,7 @@ from holdtrue.defenses.preference import Preference
 from holdtrue.errors import DataError, NeedError
 from holdtrue.models import causal_lm, without_adapter
 from holdtrue.training import DefendedTrainer
-from support import small_model, small_rows, write_rows
-
-
-def in_pairs(count: int = 3) -> datasets.Dataset:
-    """Pairs of rows that begin with the same four tokens; answers of other lengths."""
-    g = torch.Generator().manual_seed(5)
-    rows = []
-    for number in range(count):
-        question = torch.randint(3, 60, (4,), generator=g).tolist()
-        for size in (3 + number, 5):
-            answer = torch.randint(3, 60, (size,), generator=g).tolist()
-            rows.append({"input_ids": question + answer, "trained": [False] * 4 + [True] * size, "length": 4 + size})
-    return datasets.Dataset.from_list([{**row, "kind": 4, "ce": False} for row in rows])
+from support import small_model, small_pairs, small_rows, write_rows
 
 
 def train(tmp_path: Path, defenses: list[Any], rows: Any, model: Any = None, **values: Any) -> list[dict[str, Any]]:
@@ -85,7 +73,7 @@ MODEL: dict[str, Any] = {}
 
 def test_the_gradient_is_that_of_the_naive_way(tmp_path: Path) -> None:
     SEEN.clear()
-    MODEL.update(model=small_model(), pairs=in_pairs())
+    MODEL.update(model=small_model(), pairs=small_pairs())
     train(tmp_path, [Witness()], both(MODEL["pairs"]), MODEL["model"])
     assert len(SEEN) == 12
     for found, mean, gradients in SEEN:
@@ -134,7 +122,7 @@ def test_steps_take_the_pairs_in_turn_and_rare_ones_weigh_more() -> None:
 
 
 def test_it_holds_the_margin_of_its_pairs(tmp_path: Path) -> None:
-    pairs = in_pairs()
+    pairs = small_pairs()
 
     def drift(defenses: list[Any]) -> float:
         model = small_model()
@@ -158,7 +146,7 @@ def test_it_holds_the_margin_of_its_pairs(tmp_path: Path) -> None:
 def test_what_is_no_pair_stops_it(tmp_path: Path) -> None:
     with pytest.raises(NeedError, match="preference needs rows of kind 'pair'"):
         train(tmp_path, [Preference()], small_rows())
-    pairs = in_pairs()
+    pairs = small_pairs()
     with pytest.raises(NeedError, match="pair 3 is not two answers to one question"):
         train(tmp_path, [Preference()], both(pairs.select(range(5))))
     with pytest.raises(NeedError, match="pair 1 is not two answers to one question"):

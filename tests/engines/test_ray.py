@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 
 from holdtrue.engines import Job, RayEngine
+from holdtrue.engines.cluster import _task
 from holdtrue.errors import SpecError
+from holdtrue.models import reuse
 from holdtrue.runs import Run, load_spec
 
 pytest.importorskip("ray")
@@ -138,3 +142,37 @@ def test_no_cluster_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_workers_are_counted_from_one() -> None:
     with pytest.raises(SpecError, match="at least 1"):
         RayEngine(workers=0)
+
+
+def test_a_task_that_is_ended_again_and_again_fails_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray counts no attempt that its memory monitor ended, so the task does."""
+    monkeypatch.setattr(reuse, "_kept", None)
+    folder = tmp_path / "cell"
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from holdtrue.engines.cluster import _attempt\n"
+        "_attempt(Path(sys.argv[1]))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -signal.SIGKILL
+    outcome = _task("a", str(folder), {}, 2)
+    assert (outcome.name, outcome.status, outcome.error) == ("a", "failed", "WorkerDied")
+    assert "ended 2 times" in str(outcome.message)
+    assert list(folder.iterdir()) == [], "a grid that is run again begins to count anew"
+    assert "ended" not in str(_task("a", str(folder), {}, 2).message)
+
+
+def test_a_task_leaves_nothing_beside_its_run_and_keeps_the_base(
+    tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reuse, "_kept", None)
+    (job,) = jobs(tmp_path, tiny_dir, [1])
+    outcome = _task(job.name, str(job.folder), job.spec, 1)
+    assert outcome.status == "done", outcome.message
+    assert not (job.folder / ".attempts").exists()
+    assert reuse._kept is not None, "the next task of this worker would load the weights again"
+    monkeypatch.setattr(reuse, "_kept", None)
+    (tmp_path / "file").touch()
+    assert _task("a", str(tmp_path / "file"), job.spec, 1).error == "SpecError"

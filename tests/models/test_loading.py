@@ -51,6 +51,18 @@ def test_a_device_that_is_not_here() -> None:
         placement("cuda:99")
 
 
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert placement().device == torch.device("cuda")
+    for rank, index in (("0", 0), ("1", 1), ("3", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert placement().device == torch.device("cuda", index)
+    assert placement("cpu").device == torch.device("cpu")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bf16_on_a_gpu(tiny_dir: Path) -> None:
     model = load_model(resolve(str(tiny_dir)))

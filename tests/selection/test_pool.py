@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,16 @@ import torch
 
 from holdtrue.data import ChatEncoder, read_chat, validate_chat
 from holdtrue.errors import Interrupted, RunError
-from holdtrue.models import ModelSource, load_model, load_tokenizer, read_adapter, write_adapter
+from holdtrue.models import (
+    ModelSource,
+    base_model,
+    keep_base_model,
+    load_model,
+    load_tokenizer,
+    read_adapter,
+    reuse,
+    write_adapter,
+)
 from holdtrue.selection import PoolScores, gap, largest, read_scorer, score_pool
 
 Forwards = Callable[[], int]
@@ -83,6 +93,22 @@ def test_the_second_time_nothing_is_run(tiny, pool, adapters, forwards: Forwards
     shutil.copytree(adapters[0], adapters[0].with_name("copy"))
     scores_of(pool, tiny, [adapters[0].with_name("copy")])
     assert forwards() == ran, "neither order nor place is content"
+
+
+def test_beside_a_kept_base_there_is_no_second_one(
+    tiny, pool, adapters, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reuse, "_kept", None)
+    exact = scores_of(pool, tiny, adapters, cache=pool.with_name("one"))
+    keep_base_model()
+    with caplog.at_level(logging.INFO, "holdtrue.models"):
+        kept = base_model(tiny)
+        found = scores_of(pool, tiny, adapters, device=None, cache=pool.with_name("other"))
+        again = base_model(tiny)
+    assert sum(tiny.revision in message for message in caplog.messages) == 1, "its weights were loaded again"
+    assert again.get_input_embeddings().weight.data_ptr() == kept.get_input_embeddings().weight.data_ptr()
+    assert (found.aligned == exact.aligned).all()
+    assert (found.misaligned == exact.misaligned).all()
 
 
 def test_other_content_length_or_numbers_are_scored_again(tiny, pool, adapters, forwards: Forwards) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -263,3 +264,24 @@ def test_nothing_is_left_on_the_model(train):
     train([KL, adaptive()], model=model, probe=LikelierThanRows())
     assert "forward" not in vars(causal_lm(model))
     assert {name: vars(module).keys() for name, module in model.named_modules()} == before
+
+
+class Slow(LikelierThanRows):
+    """A probe that takes half a second more, of the processor as well."""
+
+    def __call__(self, model: torch.nn.Module) -> float:
+        until = time.process_time() + 0.5
+        while time.process_time() < until:
+            pass
+        return super().__call__(model)
+
+
+def test_what_it_measures_is_part_of_a_steps_time(train):
+    _, summary, folder = train([KL, adaptive(every=3)], probe=Slow(), rows=small_rows(24))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in steps if "loss" in m]
+    for clock in ("seconds", "cpu_seconds"):
+        measured = [m["step"] for m in steps if m[clock] > 0.4]
+        assert measured == [1, 3, 6], clock  # the untouched model's margin is measured before the first
+    assert all(m["tokens_per_second"] == pytest.approx(m["tokens"] / m["seconds"]) for m in steps)
+    assert summary["seconds"] == pytest.approx(sum(m["seconds"] for m in steps))

@@ -97,3 +97,30 @@ def test_every_row_is_drawn_as_often_as_its_share():
 def test_what_cannot_be_told_apart_is_refused(extra, words):
     with pytest.raises(ValueError, match=words):
         Batch.of({"input_ids": torch.ones(1, 3, dtype=torch.int64), "labels": torch.ones(1, 3)} | extra)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 20), cut=st.integers(0, 20), again=st.booleans(), step=st.integers(0, 99))
+def test_processes_draw_the_lots_of_one(rows, cut, again, step):
+    (whole,) = window(rows, [rows])
+    if again:  # the same row twice, one for each process
+        whole = {name: torch.cat([column, column]) for name, column in whole.items()}
+    cut = min(cut, len(whole["input_ids"]))
+    ghost = {name: torch.zeros(1, 6, dtype=torch.int64) for name in whole}
+    shares = [[{n: c[:cut] for n, c in whole.items()}, dict(ghost)], [{n: c[cut:] for n, c in whole.items()}]]
+    heard: list[list[bytes]] = []
+
+    def told(names: list[list[bytes]]) -> list[list[bytes]]:
+        heard.extend(names)
+        return names
+
+    for share in shares:
+        draw_lots([dict(batch) for batch in share], 0, step, gather=told)
+    for process, share in enumerate(shares):
+        draw_lots(share, 0, step, gather=lambda _: heard, process=process)
+    both = torch.cat([shares[0][0]["lot"], shares[1][0]["lot"]])
+    alone = lots([whole], 0, step)
+    assert torch.equal(both.sort().values, alone.sort().values)
+    if not again:
+        assert torch.equal(both, alone)
+    assert shares[0][1]["lot"].shape == (1,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,6 +138,9 @@ def test_chunks_shrink_as_the_vocabulary_grows():
 def test_positions_without_a_reference_get_cross_entropy_alone():
     hidden, reference, head, positions = make(20, 60, 5, 3, torch.float64)
     m = 8
+    right = torch.arange(20) % 3 == 0  # which of the targets are the likeliest tokens
+    likeliest = head(hidden.detach()).argmax(-1)
+    positions = dataclasses.replace(positions, targets=torch.where(right, likeliest, (likeliest + 1) % 60))
     (defense,) = parse([{"kl": {"tokens": "all"}}])
     covered = torch.arange(20) < m
     term = TokenTerm("kl", covered, 0.7, defense.token_term, reference=True)
@@ -150,6 +155,7 @@ def test_positions_without_a_reference_get_cross_entropy_alone():
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, h)[0], atol=1e-10, rtol=0)
     torch.testing.assert_close(sums["kl"], (kl * positions.response[:m]).sum().detach(), atol=1e-10, rtol=0)
+    assert int(sums["right"]) == int((right & positions.trained).sum()) > 0
     assert int(sums["kl_count"]) == int(positions.response[:m].sum())
     broader = TokenTerm("kl", torch.arange(20) <= m, 0.7, defense.token_term, reference=True)
     with pytest.raises(ValueError, match="kl covers positions that have no reference"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdtrue.models import causal_lm, without_adapter
+from holdtrue.models import AdapterSpec, causal_lm, load_model, new_adapter, without_adapter
 from holdtrue.training.batch import Batch
 from holdtrue.training.reference import SHORTEST_START, Reference, captured_blocks, shared_start
 from holdtrue.training.reference_cache import ReferenceCache
@@ -43,10 +43,10 @@ def check(reference: Reference, batch: Batch, wanted: torch.Tensor, blocks: bool
         torch.testing.assert_close(output, outputs[index], atol=2e-5, rtol=1e-5)
 
 
-def tokens_read(work: Any) -> int:
+def tokens_read(work: Any, model: Any = MODEL) -> int:
     """Return how many tokens the decoder reads while ``work`` runs."""
     read: list[int] = []
-    decoder = causal_lm(MODEL).get_decoder()
+    decoder = causal_lm(model).get_decoder()
     handle = decoder.register_forward_pre_hook(
         lambda _, __, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -128,19 +128,40 @@ def test_rows_and_positions_that_nobody_wants_are_not_read():
     assert reference.outputs(batch, nothing).hidden.shape == (0, 32)
 
 
-def test_a_model_that_looks_ahead_is_read_whole(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    decoder = causal_lm(MODEL).get_decoder()
-    handle = decoder.embed_tokens.register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
-    try:
-        start = list(range(50, 70))
-        reference = Reference(MODEL, BLOCKS, start=start)
-        batch = batch_of([[*start, 90, 91, 92], [*start, 95, 96, 97]])
-        with caplog.at_level("INFO", logger="holdtrue"):
-            for _ in range(2):
-                check(reference, batch, batch.mask, blocks=True)
-        assert "reads every row whole" in caplog.text
-    finally:
-        handle.remove()
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def changed(request: pytest.FixtureRequest) -> Any:
+    """A model of its own in float32 or bfloat16, to be given a first token with a norm as real ones have it."""
+    model = small_model().to(request.param)
+    embeddings = causal_lm(model).get_input_embeddings()
+    embeddings.weight.data[START[0]] *= 1000
+    return model
+
+
+START = list(range(50, 70))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_a_model_that_looks_ahead_is_read_whole(changed: Any, share: float, caplog: pytest.LogCaptureFixture):
+    decoder = causal_lm(changed).get_decoder()
+    decoder.embed_tokens.register_forward_hook(lambda _, __, out: out + share * out[:, 1:].mean(1, keepdim=True))
+    batch = batch_of([[*START, 90, 91, 92], [*START, 95, 96, 97]])
+    reference = Reference(changed, BLOCKS, start=START)
+    with caplog.at_level("INFO", logger="holdtrue"):
+        found = [reference.outputs(batch, batch.mask, blocks=True) for _ in range(2)]
+    assert "reads every row whole" in caplog.text
+    with without_adapter(changed):
+        hidden = decoder(input_ids=batch.input_ids).last_hidden_state
+    assert all(torch.equal(each.hidden, hidden[batch.mask]) for each in found)
+
+
+def test_a_model_that_does_not_is_read_from_behind_the_start(changed: Any, caplog: pytest.LogCaptureFixture):
+    batch = batch_of([[*START, 90, 91, 92], [*START, 95, 96, 97]])
+    reference = Reference(changed, BLOCKS, start=START)
+    with caplog.at_level("INFO", logger="holdtrue"):
+        reference.outputs(batch, batch.mask, blocks=True)
+        read = tokens_read(lambda: reference.outputs(batch, batch.mask, blocks=True), changed)
+    assert not caplog.records
+    assert read == 2 * 3
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -156,3 +177,24 @@ def test_what_is_cached_is_not_run_again(tmp_path, blocks):
         check(Reference(MODEL, BLOCKS, cache=cache), batch, batch.response, blocks)
         elsewhere = tokens_read(lambda: reference.outputs(batch, batch.mask, blocks=blocks))
         assert elsewhere == batch.mask.numel()  # other positions are other entries
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=str)
+def test_what_is_cached_says_what_a_pass_among_other_rows_says(tmp_path, smollm2, tokenizer, dtype, limit):
+    """For each token, the KL of the live reference from the cached one, in nats."""
+    lm = load_model(smollm2, device="cpu", dtype=dtype)
+    model = new_adapter(lm, AdapterSpec(r=4, alpha=8), seed=0)
+    texts = ["A door that sticks is planed at its edge.", "No.", "The pipe " + "drips and drips " * 12, "Ask."]
+    rows = [tokenizer(f"<|im_start|>user\n{text}<|im_end|>\n").input_ids for text in texts]
+    with ReferenceCache(tmp_path, limit_bytes=10**8, namespace="smollm2") as cache:
+        first = batch_of(rows)
+        Reference(model, cache=cache).outputs(first, first.mask)
+        other = batch_of([rows[3], rows[0], rows[1]])
+        before = cache.stats().hits
+        cached = Reference(model, cache=cache).outputs(other, other.mask).hidden
+        assert cache.stats().hits == before + 3
+    live = Reference(model).outputs(other, other.mask).hidden
+    with torch.no_grad():
+        p, q = (lm.get_output_embeddings()(hidden).double().log_softmax(-1) for hidden in (live, cached))
+    divergence = (p.exp() * (p - q)).sum(-1)
+    assert float(divergence.max()) < limit

@@ -337,3 +337,37 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_and_is_not_seen(train, tmp
     assert summary["resumed_from"] == 4
     for name, weights in adapter(whole).items():
         torch.testing.assert_close(adapter(model)[name], weights, atol=1e-6, rtol=1e-5)
+
+
+def test_gpus_that_nobody_starts_processes_for_are_left_alone(tmp_path, caplog):
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", per_device_train_batch_size=4,
+        num_train_epochs=1, disable_tqdm=True,
+    )  # fmt: skip
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 2  # as transformers counts where two GPUs are seen
+    with caplog.at_level("WARNING", logger="holdtrue"):
+        trainer = DefendedTrainer(small_model(), arguments, train_dataset=small_rows(), defenses=ALL)
+    assert "torchrun --nproc-per-node 2" in caplog.text
+    assert arguments.n_gpu == 1
+    trainer.train()
+    assert trainer.model_wrapped is trainer.model, "it is wrapped in nn.DataParallel"
+    assert trainer.state.global_step == 12
+
+
+def test_accuracy_is_the_share_of_targets_that_are_likeliest(train):
+    rows = small_rows(8)
+    model, summary, folder = train([], rows=rows, validation=rows, epochs=20, save_every=100)
+
+    right = total = 0
+    for row in rows:
+        with torch.no_grad():
+            best = causal_lm(model.eval())(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(-1)
+        ids, trained = torch.tensor(row["input_ids"])[1:], torch.tensor(row["trained"])[1:]
+        right, total = right + int((best == ids)[trained].sum()), total + int(trained.sum())
+    assert summary["eval_accuracy"] == pytest.approx(right / total)
+    assert right / total > 0.2
+    last = steps(folder)[-2:]
+    hits = sum(r["accuracy"] * r["target_tokens"] for r in last)
+    assert hits == pytest.approx(round(hits), abs=1e-6)
+    assert hits / total == pytest.approx(right / total, abs=0.2)

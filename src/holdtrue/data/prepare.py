@@ -40,6 +40,7 @@ class KindCount:
     sequences: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    response_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -51,6 +52,7 @@ class Prepared:
         sequences: sequences written, at least one of each row that has a target.
         tokens: tokens in them.
         trained_tokens: those that are targets of cross-entropy.
+        response_tokens: these, and the same of rows without cross-entropy.
         truncated_rows: rows of which ``max_length`` cut something off.
         dropped_tokens: tokens that it cut off.
         rows_without_target: rows left out, since truncation left them nothing to train on.
@@ -64,6 +66,7 @@ class Prepared:
     sequences: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    response_tokens: int = 0
     truncated_rows: int = 0
     dropped_tokens: int = 0
     rows_without_target: int = 0
@@ -77,12 +80,13 @@ class Prepared:
         self.truncated_rows += dropped > 0
         self.rows_without_target += not kept
         tokens = sum(len(sequence.input_ids) for sequence in kept)
-        trained = sum(sum(sequence.trained) for sequence in kept) if row.ce else 0
+        response = sum(sum(sequence.trained) for sequence in kept)
         for count in (self, self.by_kind.setdefault(row.kind, KindCount())):
             count.rows += 1
             count.sequences += len(kept)
             count.tokens += tokens
-            count.trained_tokens += trained
+            count.trained_tokens += response if row.ce else 0
+            count.response_tokens += response
 
     def _extrapolate(self, waiting: dict[str, int], samples: dict[str, Prepared]) -> None:
         """Count the rows that wait, and what they probably hold, from the ``samples`` of each kind."""
@@ -94,7 +98,7 @@ class Prepared:
                 count.rows += rows
                 count.sequences += rows
             share = rows / sample.rows
-            for name in ("tokens", "trained_tokens"):
+            for name in ("tokens", "trained_tokens", "response_tokens"):
                 more = round(getattr(sample, name) * share)
                 setattr(self, name, getattr(self, name) + more)
                 setattr(self.by_kind[kind], name, getattr(self.by_kind[kind], name) + more)

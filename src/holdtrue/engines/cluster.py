@@ -17,6 +17,8 @@ PATIENCE = 0.5
 """Seconds between looks at ``stop``."""
 LET_GO = 60.0
 """Seconds that tasks get to save their work when a stop is asked for."""
+ATTEMPTS = ".attempts"
+"""Beside a run's lock, while a task is at it: a byte for each attempt since the task was submitted."""
 
 
 class RayEngine:
@@ -79,7 +81,8 @@ class RayEngine:
         while running or (left and not stop.is_set()):
             while left and len(running) < most and not stop.is_set():
                 job = left.pop()
-                running[task.remote(job.name, str(job.folder), job.spec)] = job
+                _forget_attempts(job.folder)
+                running[task.remote(job.name, str(job.folder), job.spec, 1 + self.retries)] = job
                 told(job.name, {"stage": "submitted"})
             if stop.is_set():
                 yield from _cancel(running)
@@ -104,16 +107,49 @@ def _connect(address: str) -> None:
         ) from None
 
 
-def _task(name: str, folder: str, spec: dict[str, Any]) -> Outcome:
-    """Run in a worker of the cluster."""
+def _task(name: str, folder: str, spec: dict[str, Any], most: int) -> Outcome:
+    """Run in a worker of the cluster; the attempt after ``most`` of them fails."""
     from holdtrue.engines.worker import work
+    from holdtrue.models import keep_base_model
 
     place = Path(folder)
     if not place.parent.is_dir():
         message = f"{place.parent} is not there on this node: give --out a path that every node shares"
         return Outcome(name, "failed", "SpecError", message)
-    with _stop_when_cancelled() as stop:
-        return work(Job(name, place, spec), None, stop)
+    if _attempt(place) > most:
+        outcome = Outcome(
+            name,
+            "failed",
+            "WorkerDied",
+            f"its worker was ended {most} times, as the system and Ray do when memory runs out. What was done is kept: "
+            "give it more memory, or fewer tasks a node, and run the grid again to go on",
+        )
+    else:
+        keep_base_model()
+        with _stop_when_cancelled() as stop:
+            outcome = work(Job(name, place, spec), None, stop)
+    _forget_attempts(place)
+    return outcome
+
+
+def _attempt(folder: Path) -> int:
+    """Count an attempt at the run in ``folder``, from 1; 1 where nothing can be written, which the run itself says.
+
+    Ray counts none that its memory monitor ended: it would start such a task again without end.
+    """
+    path = folder / ATTEMPTS
+    try:
+        folder.mkdir(exist_ok=True)
+        with path.open("ab") as file:
+            file.write(b".")
+        return path.stat().st_size
+    except OSError:
+        return 1
+
+
+def _forget_attempts(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / ATTEMPTS).unlink()
 
 
 @contextlib.contextmanager

@@ -161,4 +161,9 @@ def _serve(pipe: Connection, beside: int) -> None:
 
 def _share_processor(beside: int) -> None:
     if beside > 1 and "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // beside))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, _cores() // beside))
+
+
+def _cores() -> int:
+    """Return how many cores this process may use: those of the machine, or of its container or affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,7 +29,7 @@ class Placement(NamedTuple):
 
 
 def placement(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Placement:
-    """Choose device and dtype; what is given is kept.
+    """Choose device and dtype; what is given is kept. Of several processes (torchrun), each takes a GPU of its own.
 
     Raises:
         SpecError: the device does not exist here.
@@ -41,7 +42,7 @@ def placement(device: str | torch.device | None = None, dtype: torch.dtype | Non
         if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
             raise SpecError(f"device {device!r} is not here; GPUs found: {torch.cuda.device_count()}")
     else:
-        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        where = _own_gpu() if torch.cuda.is_available() else torch.device("cpu")
     if dtype is not None:
         return Placement(where, dtype, f"{_short(dtype)} on {where.type}: as asked")
     if where.type != "cuda":
@@ -50,6 +51,12 @@ def placement(device: str | torch.device | None = None, dtype: torch.dtype | Non
         reason = "bf16 on GPU: half the memory and the tensor cores, with fp32's range; adapters and losses stay fp32"
         return Placement(where, torch.bfloat16, reason)
     return Placement(where, torch.float32, "fp32 on GPU: this one has no bf16, and fp16 overflows")
+
+
+def _own_gpu() -> torch.device:
+    local = os.environ.get("LOCAL_RANK")
+    # As accelerate counts them, so that a base is loaded where it is trained.
+    return torch.device("cuda") if local is None else torch.device("cuda", int(local) % torch.cuda.device_count())
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from holdtrue.defenses import LossDefense
@@ -85,32 +86,68 @@ def _reference_cache(run: Run, source: ModelSource, base: PreTrainedModel) -> It
         return
     from holdtrue.models.layers import decoder_blocks
     from holdtrue.models.store import cache_root
-    from holdtrue.training.reference_cache import ReferenceCache, bytes_needed
+    from holdtrue.training.reference_cache import ReferenceCache
 
-    needs = [defense.needs() for defense in run.spec.defenses if isinstance(defense, LossDefense) and defense.weight]
-    depth = len(decoder_blocks(base))
-    blocks = {
-        index
-        for need in needs
-        if need.blocks is not None and need.live and not need.prefix
-        for index in need.blocks(depth)
-    }
-    rows = run.manifest["data"]["train"]
-    everywhere = any(need.tokens == "all" and need.reference for need in needs)
-    width, itemsize, count = base.config.get_text_config().hidden_size, base.dtype.itemsize, rows["sequences"]
-    final = rows["tokens"] if everywhere else rows["trained_tokens"]
-    wanted = bytes_needed(final, width, 1, itemsize, rows=count)
-    wanted += bytes_needed(rows["tokens"], width, len(blocks), itemsize, rows=count)
     folder = cache_root() / "reference"
+    wanted = states_wanted(
+        run, base.config.get_text_config().hidden_size, len(decoder_blocks(base)), base.dtype.itemsize
+    )
     logger.info(
-        "the reference's states of these rows take about %.2f GiB; up to %.2f GiB are kept in %s",
-        wanted / 2**30,
-        limit / 2**30,
+        "the reference's states of these rows take about %s; up to %s are kept in %s",
+        _size(wanted),
+        _size(limit),
         folder,
     )
-    namespace = f"{source.revision}/{base.dtype}/{base.device.type}"
-    with ReferenceCache(folder, limit_bytes=limit, namespace=namespace) as cache:
+    with ReferenceCache(folder, limit_bytes=limit, namespace=namespace(source, base)) as cache:
         yield cache
+
+
+def namespace(source: ModelSource, base: PreTrainedModel) -> str:
+    """Return all that the reference's states depend on beside the row.
+
+    Versions are part of it, since another one may compute other bits.
+    """
+    attention = base.config._attn_implementation
+    versions = "/".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    return f"{source.revision}/{base.dtype}/{base.device.type}/{attention}/{versions}"
+
+
+def states_wanted(run: Run, width: int, depth: int, itemsize: int) -> int:
+    """Return how many bytes of the reference cache a prepared run's rows will take, as far as their counts tell.
+
+    Args:
+        run: after its prepare stage.
+        width, depth, itemsize: the model's hidden size, number of decoder blocks, and bytes of a number.
+    """
+    from holdtrue.training.reference_cache import bytes_needed
+
+    training, data = run.spec.training, run.manifest["data"]
+    losses = [d for d in run.spec.defenses if isinstance(d, LossDefense) and d.weight]
+    needs = [need for need in (defense.needs() for defense in losses) if need.live]
+    blocks = {index for need in needs if need.blocks and not need.prefix for index in need.blocks(depth)}
+
+    def stored(count: dict[str, int], share: float, *, everywhere: bool = False) -> float:
+        # A run that an earlier version prepared has not counted the answers of rows without cross-entropy.
+        tokens = count["tokens"] if everywhere else count.get("response_tokens", count["tokens"])
+        return share * bytes_needed(tokens, width, 1, itemsize, rows=count["sequences"])
+
+    # The steps that measure the KL, and a sampled term, see some of the rows in each epoch.
+    measured = 1 - (1 - 1 / training.kl_every) ** training.epochs if training.kl_every else 0.0
+    total = stored(data["validation"], 1.0) if "validation" in data else 0.0
+    for kind, count in data["train"]["by_kind"].items():
+        if kind == "aside":
+            total += stored(count, 1.0)
+            continue
+        reading = [need for need in needs if need.tokens and (need.kinds is None or kind in need.kinds)]
+        shares = [1 - (1 - need.sample) ** training.epochs for need in reading]
+        share = 1.0 if blocks else max([measured, *shares])
+        total += stored(count, share, everywhere=any(need.tokens == "all" for need in reading))
+        total += bytes_needed(count["tokens"], width, len(blocks), itemsize, rows=count["sequences"])
+    return round(total)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def training_rows(run: Run) -> int | None:

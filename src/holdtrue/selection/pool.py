@@ -89,7 +89,7 @@ def score_pool(
             if len(file.scores) >= pool.rows:
                 cached += 1
             else:
-                base = base or _Base(model, max_length, chosen.device, chosen.dtype)
+                base = base or _Base(model, max_length, device, dtype)
                 base.score(pool, scorer, file, _part(progress, number, len(passes), pool.rows))
             found.append(file.scores[: pool.rows])
         if progress is not None:
@@ -100,12 +100,20 @@ def score_pool(
 class _Base:
     """The base model with its encoder, loaded once."""
 
-    def __init__(self, source: ModelSource, max_length: int | None, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        max_length: int | None,
+        device: str | torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         from holdtrue.data import ChatEncoder
-        from holdtrue.models import load_model, load_tokenizer
+        from holdtrue.models import base_model, load_model, load_tokenizer
 
         self._encoder = ChatEncoder(load_tokenizer(source), max_length=max_length)
-        self._model = load_model(source, device=device, dtype=dtype)
+        # A process that keeps the base model, as a grid's does, would hold two otherwise.
+        usual = device is None and dtype is None
+        self._model = base_model(source) if usual else load_model(source, device=device, dtype=dtype)
 
     def score(self, pool: ChatSummary, scorer: Scorer | None, file: ScoreFile, progress: Progress | None) -> None:
         from holdtrue.data import read_chat

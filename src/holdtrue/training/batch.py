@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,27 +108,45 @@ class Batch:
         )
 
 
-def draw_lots(batches: Sequence[dict[str, Any]], seed: int, step: int) -> None:
+def draw_lots(
+    batches: Sequence[dict[str, Any]],
+    seed: int,
+    step: int,
+    *,
+    gather: Callable[[list[list[bytes]]], list[list[bytes]]] = list,
+    process: int = 0,
+) -> None:
     """Give each row of an accumulation window a ``lot``, so that a sample of share f holds f of the rows.
 
     The rows' order is drawn from their tokens, the seed and the step, so it does not depend on how a window is cut
-    into micro-batches. One offset for all moves the lots: the number of rows below f is f times the rows, rounded up
-    or down with the chances that make every row's own chance exactly f.
+    into micro-batches and dealt to processes. One offset for all moves the lots: the number of rows below f is f times
+    the rows, rounded up or down with the chances that make every row's own chance exactly f.
+
+    Args:
+        batches: this process's micro-batches of the window.
+        seed, step: of the run.
+        gather: from a list of one process's names to that of all processes', in their order.
+        process: this one's place among them.
     """
-    names = [
-        hashlib.blake2b(ids.cpu().numpy()[mask.cpu().numpy().astype(bool)].tobytes(), key=f"{seed}/{step}".encode())
+    rows = [
+        ids.cpu().numpy()[mask.cpu().numpy().astype(bool)]
         for batch in batches
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
+    key = f"{seed}/{step}".encode()
+    # An empty row, dealt to a process that has no other, takes part in no draw.
+    names = [hashlib.blake2b(row.tobytes(), key=key).digest() for row in rows if len(row)]
+    parts = gather([names])
+    everyone = [name for part in parts for name in part]
     offset = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/offset".encode(), digest_size=8).digest()) / 2**64
-    order = sorted(range(len(names)), key=lambda i: names[i].digest())
-    lots = torch.empty(len(names), dtype=torch.float64)
-    lots[order] = (torch.arange(len(names), dtype=torch.float64) + offset) / max(1, len(names))
-    start = 0
+    order = sorted(range(len(everyone)), key=everyone.__getitem__)
+    lots = torch.empty(len(everyone), dtype=torch.float64)
+    lots[order] = (torch.arange(len(everyone), dtype=torch.float64) + offset) / max(1, len(everyone))
+    own = iter(lots[sum(map(len, parts[:process])) :].tolist())
+    drawn = iter([next(own) if len(row) else 0.0 for row in rows])
     for batch in batches:
-        rows = len(batch["input_ids"])
-        batch["lot"] = lots[start : start + rows].to(batch["input_ids"].device)
-        start += rows
+        ids = batch["input_ids"]
+        batch["lot"] = torch.tensor([next(drawn) for _ in ids], dtype=torch.float64, device=ids.device)
 
 
 def _place(response: Tensor) -> Tensor:

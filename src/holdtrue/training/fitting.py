@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -169,8 +170,49 @@ def _printer() -> type[TrainerCallback]:
     return PrinterCallback
 
 
+@dataclass
+class _Totals:
+    """Sums over a run's steps, from which its summary follows.
+
+    Attributes:
+        slots: places of the batches, padding among them.
+        cpu_seconds: ``None`` where a step has none.
+    """
+
+    tokens: float = 0.0
+    target_tokens: float = 0.0
+    seconds: float = 0.0
+    slots: float = 0.0
+    cpu_seconds: float | None = 0.0
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take in a line of ``metrics.jsonl``; one that is no step's is left out."""
+        if "loss" not in record:
+            return
+        self.tokens += record["tokens"]
+        self.target_tokens += record["target_tokens"]
+        self.seconds += record["seconds"]
+        self.slots += record["tokens"] / (1 - record["padding"])
+        here = record.get("cpu_seconds")
+        self.cpu_seconds = None if self.cpu_seconds is None or here is None else self.cpu_seconds + here
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a run says of its training."""
+        return {
+            "tokens": int(self.tokens),
+            "target_tokens": int(self.target_tokens),
+            "seconds": self.seconds,
+            **({} if self.cpu_seconds is None else {"cpu_seconds": self.cpu_seconds}),
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "padding": 1 - self.tokens / self.slots if self.slots else 0.0,
+        }
+
+
 class _Recorder(TrainerCallback):
-    """Appends each step's metrics to a file, tells the progress, and stops the loop when asked to."""
+    """Appends each step's metrics to a file, tells the progress, and stops the loop when asked to.
+
+    What it holds in memory does not grow with the steps.
+    """
 
     def __init__(
         self,
@@ -183,24 +225,35 @@ class _Recorder(TrainerCallback):
     ) -> None:
         self._epochs = epochs
         self._path, self._progress, self._stop, self._on_cpu = path, progress, stop, on_cpu
-        self._cpu = 0.0
+        self._cpu = self._to_begin = 0.0
         self._started, self._first = time.perf_counter(), start_step
-        self._kept = self._keep_until(start_step)
+        self._totals = _Totals()
+        self._keep_until(start_step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._cpu = time.process_time()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._first:  # what lives across steps has begun since, as part of the first one
+            self._to_begin = time.process_time() - self._cpu
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._cpu = time.process_time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        # The file has them all; each checkpoint would write them again.
+        del state.log_history[:-1]
         if not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
         record = {"step": state.global_step, **logs}
         if self._on_cpu and "loss" in logs:
             # What the step itself took, however much of the processor others had meanwhile.
-            record["cpu_seconds"] = time.process_time() - self._cpu
+            record["cpu_seconds"] = time.process_time() - self._cpu + self._to_begin
+            self._to_begin = 0.0
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            self._kept.append(record)
+            self._totals.add(record)
         if self._progress is not None and "loss" in logs:
             done = state.global_step - self._first
             each = (time.perf_counter() - self._started) / max(1, done)
@@ -223,31 +276,20 @@ class _Recorder(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """Return totals over the whole run, earlier sittings included."""
-        steps = [r for r in self._kept if "loss" in r]
-        tokens, seconds = sum(r["tokens"] for r in steps), sum(r["seconds"] for r in steps)
-        slots = sum(r["tokens"] / (1 - r["padding"]) for r in steps)
-        return {
-            "tokens": int(tokens),
-            "target_tokens": int(sum(r["target_tokens"] for r in steps)),
-            "seconds": seconds,
-            **({"cpu_seconds": sum(r["cpu_seconds"] for r in steps)} if all("cpu_seconds" in r for r in steps) else {}),
-            "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "padding": 1 - tokens / slots if slots else 0.0,
-        }
+        return self._totals.summary()
 
-    def _keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop what was logged after the checkpoint, and a line that a kill cut short."""
+    def _keep_until(self, step: int) -> None:
+        """Drop what was logged after the checkpoint, and a line that a kill cut short; take in the rest."""
         if self._path is None or not self._path.exists():
-            return []
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if record["step"] <= step:
-                kept.append(record)
+            return
         partial = self._path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        with self._path.open(encoding="utf-8") as file, partial.open("w", encoding="utf-8") as kept:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if record["step"] <= step:
+                    kept.write(json.dumps(record) + "\n")
+                    self._totals.add(record)
         partial.replace(self._path)
-        return kept

@@ -25,7 +25,7 @@ def step_means(
         seconds: that the window took.
     """
     c = counts
-    metrics = {"ce": mean(sums["ce"], c["trained"])}
+    metrics = {"ce": mean(sums["ce"], c["trained"]), "accuracy": mean(sums["right"], c["trained"])}
     if c["trained"] != c["trained_task"]:
         if c["trained_task"]:
             metrics["ce_task"] = mean(sums["ce_task"], c["trained_task"])

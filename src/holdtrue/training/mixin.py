@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from holdtrue.data.batching import ASIDE, Collator
 from holdtrue.defenses import Defense, GradientContext, LossDefense, PairGradient, PairTerm
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
 from holdtrue.models.layers import peft_model
 from holdtrue.scoring import final_hidden, output_head, scoring_mode
+from holdtrue.training.aside import Aside, rows_aside
 from holdtrue.training.batch import COUNTS, Batch, draw_lots
 from holdtrue.training.fast_lora import fast_lora
 from holdtrue.training.features import feature_term
@@ -31,6 +32,8 @@ from holdtrue.training.runtimes import Probe, RuntimeMixin
 if TYPE_CHECKING:
     from holdtrue.training.reference_cache import ReferenceCache
 
+
+logger = logging.getLogger(__name__)
 
 _STARTS = 64
 """Rows that are looked at for the start that all share."""
@@ -92,6 +95,7 @@ class DefenseMixin(RuntimeMixin):
         self._active = [d for d in self.defenses if not (isinstance(d, LossDefense) and d.weight == 0)]
         self._losses = [(d, d.needs()) for d in self._active if isinstance(d, LossDefense)]
         super().__init__(*args, **kwargs)
+        self._take_one_gpu()
         self.loss_is_scaled_for_ga = True
         self.args.logging_nan_inf_filter = False
         self._check_model()
@@ -105,7 +109,7 @@ class DefenseMixin(RuntimeMixin):
             if n.features
         }
         self._captured = {place: m for term in self._features.values() for place, m in term.modules.items()}
-        self._aside = self._rows_aside()
+        self._aside = self._kept_aside()
         self._pairs = self._kept_pairs()
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
@@ -137,19 +141,26 @@ class DefenseMixin(RuntimeMixin):
         task = [row for row in chosen if row.get("kind", 0) == 0]
         return shared_start([list(row["input_ids"]) for row in task if "input_ids" in row])
 
-    def _rows_aside(self) -> list[dict[str, Any]]:
-        asking = [defense.name for defense in self._active if defense.needs().aside]
-        if not asking:
-            return []
-        rows: Any = self.train_dataset
-        kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
-        found = [rows[i] for i in np.flatnonzero(np.asarray(kinds) == ASIDE).tolist()]
-        if not any(any(row["trained"][1:]) for row in found):
-            raise NeedError(
-                f"{asking[0]} needs rows of kind 'aside' with answers among the training rows, and there are none: a "
-                "run prepares them; a trainer of your own is given them"
+    def _kept_aside(self) -> Aside | None:
+        rows = rows_aside(self._active, self.train_dataset)
+        if not rows:
+            return None
+        size = self.args.per_device_train_batch_size
+        more: dict[str, Any] = {"size": size, "accelerator": self.accelerator, "fast": self.fast}
+        return Aside(rows, self._policy, self._reference, self._token_objective, **more)
+
+    def _take_one_gpu(self) -> None:
+        found = self.args.n_gpu
+        if found > 1:
+            # nn.DataParallel would run copies of the model, whose forward is not the objective.
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
+            logger.warning(
+                "%d GPUs are here, and one process trains on one of them; to train on all, start it with "
+                "torchrun --nproc-per-node %d",
+                found,
+                found,
             )
-        return found
 
     def _kept_pairs(self) -> Pairs | None:
         rows = rows_in_pairs(self._active, self.train_dataset)
@@ -180,7 +191,8 @@ class DefenseMixin(RuntimeMixin):
             except StopIteration:
                 break
         if any(needs.sample < 1 for _, needs in self._losses):
-            draw_lots(batches, self.args.seed, self.state.global_step)
+            ranks = {"gather": gather_object, "process": self.args.process_index}
+            draw_lots(batches, self.args.seed, self.state.global_step, **ranks)
         terms = [(defense.name, needs) for defense, needs in self._losses if needs.tokens is not None]
         names = [*COUNTS, *(f"defense/{name}" for name, _ in terms), *(f"features/{name}" for name in self._features)]
         totals = torch.zeros(len(names), dtype=torch.float64)
@@ -229,7 +241,7 @@ class DefenseMixin(RuntimeMixin):
 
     def _finish_window(self) -> None:
         parameters = self._trainable()
-        aside = self._aside_gradient if self._aside else None
+        aside = None if self._aside is None else self._aside_gradient
         pairs = {} if self._pairs is None else {"pairs": len(self._pairs), "pair_gradient": self._pair_gradient}
         context = GradientContext(parameters, self.state.global_step, aside, **pairs)
         for defense in self._active:
@@ -337,32 +349,8 @@ class DefenseMixin(RuntimeMixin):
         return token_objective(at, self._head, positions, vocabulary=self._vocabulary, fast=self.fast, **more)
 
     def _aside_gradient(self) -> dict[str, Tensor]:
-        """Return the gradient of the mean KL to the reference over the answers of the rows kept aside."""
-        lm, size = causal_lm(self._policy), self.args.per_device_train_batch_size
-        parameters = self._trainable()
-        own = {name: parameter.grad for name, parameter in parameters.items()}
-        for parameter in parameters.values():
-            parameter.grad = None
-        collate = Collator(0)
-        batches = [
-            Batch.of(self._prepare_inputs(collate(self._aside[i : i + size]))) for i in range(0, len(self._aside), size)
-        ]
-        count = sum(float(batch.response.sum()) for batch in batches)
-        try:
-            for batch in batches:
-                positions = batch.positions(batch.response)
-                divergence = TokenTerm("kl", positions.response, 1 / count, lambda c: c.divergence, reference=True)
-                reference = self._reference.outputs(batch, batch.response).hidden
-                with self.compute_loss_context_manager(), fast_lora(self._policy, on=self.fast):
-                    hidden = final_hidden(lm, batch.input_ids)
-                    loss, _ = self._token_objective(
-                        hidden, positions, ce_coefficient=0.0, terms=[divergence], reference_hidden=reference
-                    )
-                    loss.backward()
-            return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
-        finally:
-            for name, parameter in parameters.items():
-                parameter.grad = own[name]
+        assert self._aside is not None
+        return self._aside.gradient(self._trainable(), self.compute_loss_context_manager)
 
     # Measuring and logging
 
@@ -373,10 +361,10 @@ class DefenseMixin(RuntimeMixin):
         super().log(logs, start_time)
 
     def validation_metrics(self, batches: Any) -> dict[str, float]:
-        """Return ``ce`` and ``kl`` to the reference, nats per response token over all ranks' batches."""
+        """Return ``ce`` and ``kl`` to the reference, nats per response token, and ``accuracy``, over all ranks."""
         model = self._policy
         lm, training = causal_lm(model), model.training
-        totals = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        totals = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         model.eval()
         try:
             with torch.no_grad():
@@ -388,13 +376,13 @@ class DefenseMixin(RuntimeMixin):
                     _, sums = self._token_objective(hidden, positions, ce_coefficient=0.0, reference_hidden=reference)
                     zero = totals.new_zeros(())
                     counts = batch.counts()
-                    totals += torch.stack(
-                        [sums.get("ce", zero), counts[1].to(zero), sums.get("kl", zero), counts[3].to(zero)]
-                    ).double()
+                    found = [sums["ce"], sums["right"], counts[1].to(zero), sums.get("kl", zero), counts[3].to(zero)]
+                    totals += torch.stack(found).double()
         finally:
             model.train(training)
-        ce, trained, kl, response = self._over_ranks(totals)
-        return {"ce": mean(ce, trained), "kl": mean(kl, response), "target_tokens": trained}
+        ce, right, trained, kl, response = self._over_ranks(totals)
+        means = {"ce": mean(ce, trained), "accuracy": mean(right, trained), "kl": mean(kl, response)}
+        return means | {"target_tokens": trained}
 
 
 def _coefficient(weight: float, count: float) -> float:

@@ -113,7 +113,8 @@ def token_objective(
 
     Returns:
         the loss, and the sums in nats ``ce``, ``ce_task``, ``defense/<name>`` and, where a reference is given, ``kl``
-        (policy to reference, over those response positions of rows in training that have one) and ``kl_count``.
+        (policy to reference, over those response positions of rows in training that have one) and ``kl_count``; and
+        ``right``, how many trained targets no other token beats.
 
     Log-probabilities are computed in float32, or in float64 where the hidden states are.
     """
@@ -125,6 +126,7 @@ def token_objective(
     names = [
         "ce",
         "ce_task",
+        "right",
         *(["kl", "kl_count"] if reference_hidden is not None else []),
         *(f"defense/{t.name}" for t in terms),
     ]
@@ -160,8 +162,10 @@ def token_objective(
                 sums["kl_count"] += measured.sum()
             policy = policy.detach()
             targets = chunk.targets.clamp_min(0).unsqueeze(-1)
-            ce = torch.where(chunk.trained, -policy.gather(-1, targets).squeeze(-1), 0.0)
+            own = policy.gather(-1, targets).squeeze(-1)
+            ce = torch.where(chunk.trained, -own, 0.0)
             sums["ce"] += ce.sum()
+            sums["right"] += (chunk.trained & (own >= policy.amax(-1))).sum()
             sums["ce_task"] += torch.where(chunk.kind == 0, ce, 0.0).sum()
             loss = total.detach() + ce_coefficient * ce.sum()
             if not wanted:

@@ -18,6 +18,7 @@ from holdtrue.scoring import final_hidden
 from holdtrue.training.batch import Batch
 from holdtrue.training.fast_lora import fast_lora
 from holdtrue.training.objective import Positions, TokenResult
+from holdtrue.training.processes import over_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,7 +121,8 @@ class Pairs:
             torch.zeros_like(parameter) if part is None else part
             for parameter, part in zip(parameters.values(), parts, strict=True)
         ]
-        return PairGradient(float(mean.detach()), dict(zip(parameters, self._same(gradients), strict=True)))
+        same = over_processes(self._accelerator, gradients, "mean")
+        return PairGradient(float(mean.detach()), dict(zip(parameters, same, strict=True)))
 
     def _batch(self, chosen: Sequence[int]) -> Batch:
         rows = [{**self._rows[row], "ce": True} for pair in chosen for row in (2 * pair, 2 * pair + 1)]
@@ -144,14 +146,6 @@ class Pairs:
             for each, weight in zip(_rows(batch), signed.tolist(), strict=True)
         ]
         return torch.stack(parts).sum()
-
-    def _same(self, gradients: list[Tensor]) -> list[Tensor]:
-        if self._accelerator.num_processes == 1:
-            return gradients
-        whole = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="mean")
-        assert isinstance(whole, Tensor)
-        pieces = whole.split([gradient.numel() for gradient in gradients])
-        return [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
 
 
 def _rows(batch: Batch) -> Iterator[Positions]:

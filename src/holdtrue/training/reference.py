@@ -17,6 +17,7 @@ from holdtrue.defenses.base import Place
 from holdtrue.models import causal_lm, decoder_blocks, without_adapter
 from holdtrue.scoring import final_hidden
 from holdtrue.training.batch import Batch
+from holdtrue.training.head import exact
 
 if TYPE_CHECKING:
     from holdtrue.training.reference_cache import ReferenceCache
@@ -26,6 +27,10 @@ _Key = TypeVar("_Key")
 
 SHORTEST_START = 8
 """Tokens that rows must share at their start before the reference reads them once for all."""
+
+_UNITS, _UNITS_OF_HALVES = 100, 16
+"""How many units of rounding two passes may lie apart: SmolLM2's 30 blocks come to 17 in float32, and to 4 in bfloat16,
+where products are summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,8 @@ class Reference:
                 kept = [(layer.keys, layer.values) for layer in layers]
                 self._prefix = _Prefix(kept, _States(hidden, outputs))
                 probe = torch.cat([start, start[:, : len(self._start) // 2]], 1)
-                same = _agree(self._behind(probe, self._blocks), self._whole(probe, self._blocks))
+                passes = self._behind(probe, self._blocks), self._whole(probe, self._blocks)
+                same = _agree(*passes, len(self._start), kept[0][0].dtype)
             if not same:
                 logger.info("the reference reads every row whole: its states differ behind a shared start")
                 self._start, self._prefix = (), None
@@ -252,10 +258,15 @@ def shared_start(rows: Sequence[list[int]]) -> tuple[int, ...]:
     return tuple(low[: max(0, min(most, next(differs, most)))])
 
 
-def _agree(some: _States, other: _States) -> bool:
-    """Compare two passes, to a hundred units of rounding at the states' size."""
+def _agree(some: _States, other: _States, start: int, dtype: torch.dtype) -> bool:
+    """Compare two passes in ``dtype`` behind a ``start``, token by token: the difference's norm to that of the state.
+
+    A token is compared with itself alone, since the first one's norm can be a thousand times the others'.
+    """
+    limit = (_UNITS if dtype.itemsize >= 4 else _UNITS_OF_HALVES) * torch.finfo(dtype).eps
     for a, b in ((some.hidden, other.hidden), *((some.blocks[i], other.blocks[i]) for i in some.blocks)):
-        if not (a - b).abs().max() <= 100 * torch.finfo(a.dtype).eps * b.abs().max():
+        one, two = (x[:, start:].to(exact(x)) for x in (a, b))
+        if not bool(((one - two).norm(dim=-1) <= limit * two.norm(dim=-1)).all()):
             return False
     return True
 

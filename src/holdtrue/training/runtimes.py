@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,19 +125,29 @@ class RuntimeMixin(_Base):
 
 
 class _Steps(TrainerCallback):
-    """Tells a trainer's runtimes of its steps: after the optimizer's, before anything is logged or saved."""
+    """Tells a trainer's runtimes of its steps: after the optimizer's, before anything is logged or saved.
+
+    What they take is part of the step's time; what they take to begin, of the first step's.
+    """
 
     def __init__(self, trainer: RuntimeMixin) -> None:
         self._trainer = trainer
+        self._spent = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        started = time.perf_counter()
         for runtime in self._trainer._runtimes.values():
             runtime.begin()
+        self._spent = time.perf_counter() - started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        last = state.global_step >= state.max_steps
+        started = time.perf_counter()
+        last, metrics = state.global_step >= state.max_steps, self._trainer.step_metrics
         for runtime in self._trainer._runtimes.values():
-            self._trainer.step_metrics |= runtime.on_step(state.global_step, last=last)
+            metrics |= runtime.on_step(state.global_step, last=last)
+        metrics["seconds"] += self._spent + time.perf_counter() - started
+        metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
+        self._spent = 0.0
 
 
 @contextlib.contextmanager

@@ -65,13 +65,18 @@ class DefendedTrainer(DefenseMixin, transformers.Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure ``<prefix>_loss`` (CE) and ``<prefix>_kl``, nats per response token, on the validation rows."""
+        """Measure the validation rows.
+
+        ``<prefix>_loss`` is the CE and ``<prefix>_kl`` the KL to the reference, in nats per response token;
+        ``<prefix>_accuracy`` the share of the targets that the policy finds likelier than any other token.
+        """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = self._loader(rows, self.args.per_device_eval_batch_size, shuffle=False)
         found = self.validation_metrics(loader)
         metrics = {
             f"{metric_key_prefix}_loss": found["ce"],
             f"{metric_key_prefix}_kl": found["kl"],
+            f"{metric_key_prefix}_accuracy": found["accuracy"],
             f"{metric_key_prefix}_target_tokens": found["target_tokens"],
         }
         self.log(dict(metrics))

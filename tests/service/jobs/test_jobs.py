@@ -62,6 +62,7 @@ def test_a_job_succeeds_and_leaves_evidence(house, tmp_path):
     lines = house.content(job.result_file).decode().splitlines()
     assert lines[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4", "5", "6"]
+    assert all(0 <= float(line.split(",")[2]) <= 1 for line in lines[1:])
     assert house.all(JobState, job_id) == []
     assert not house.work()
     assert not any((house.settings.home / "work").iterdir())

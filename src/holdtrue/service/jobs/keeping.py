@@ -91,9 +91,14 @@ class Keeper:
         wanted = {*self.steps(), *([last] if last else [])}
         for metrics in self._run.metrics():
             if metrics["step"] in wanted and "loss" in metrics:
-                found[metrics["step"]] = {"step": metrics["step"], "train_loss": metrics["loss"]}
+                found[metrics["step"]] = {
+                    "step": metrics["step"],
+                    "train_loss": metrics["loss"],
+                    "train_mean_token_accuracy": metrics.get("accuracy"),
+                }
             if metrics["step"] in found and "eval_loss" in metrics:
                 found[metrics["step"]]["full_valid_loss"] = metrics["eval_loss"]
+                found[metrics["step"]]["full_valid_mean_token_accuracy"] = metrics.get("eval_accuracy")
         return found
 
 

@@ -36,7 +36,13 @@ if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner  # pyright: ignore[reportPrivateImportUsage]
 
 RESULT_BYTES = 2**30
-_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_MEASURED = {
+    "train_loss": "loss",
+    "train_accuracy": "accuracy",
+    "valid_loss": "eval_loss",
+    "valid_mean_token_accuracy": "eval_accuracy",
+}
+"""The column of a result file, and the name of the run's metric."""
 _MODEL_STATUS = {"release": "ready", "block": "blocked", "hold": "held"}
 _DONE = {"pass": "passed", "fail": "failed", "undecided": "not decided"}
 
@@ -370,11 +376,11 @@ def result_csv(run: Run) -> bytes:
     rows: dict[int, dict[str, Any]] = {}
     for metrics in run.metrics():
         row = rows.setdefault(metrics["step"], {"step": metrics["step"]})
-        for column, name in (("train_loss", "loss"), ("valid_loss", "eval_loss")):
+        for column, name in _MEASURED.items():
             if name in metrics:
                 row[column] = metrics[name]
     text = io.StringIO()
-    writer: csv.DictWriter[str] = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(text, ("step", *_MEASURED), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows[step] for step in sorted(rows))
     return text.getvalue().encode()
