@@ -11,8 +11,11 @@ from typing import Any
 
 import yaml
 from sqlalchemy import select
+from starlette.testclient import TestClient
 
 from holdtrue.service import auth, clock, ids, tenancy
+from holdtrue.service.api.app import create_app
+from holdtrue.service.evidence import signing
 from holdtrue.service.jobs import lifecycle
 from holdtrue.service.jobs.dispatcher import Dispatcher
 from holdtrue.service.jobs.worker import Worker
@@ -116,6 +119,18 @@ class House:
                 **wanted,
             ).id
 
+    def offer(self) -> None:
+        """Let customers name the tiny model as a base model."""
+        with self.db.write() as session:
+            row = Model(id=ids.new("model"), name=self.base, kind="base", status="ready", base_model=self.base)
+            row.created_at = clock.now()
+            session.add(row)
+
+    def api(self, **options: Any) -> TestClient:
+        """Return a client of the API over this house, with the tenant's key."""
+        app = create_app(self.settings, db=self.db, blobs=self.blobs, **options)
+        return TestClient(app, headers={"authorization": f"Bearer {self.tenant['secret']}"})
+
     def dispatch(self) -> None:
         """Validate all new jobs."""
         dispatcher = Dispatcher(self.settings, db=self.db, blobs=self.blobs)
@@ -176,17 +191,20 @@ class House:
 
 def build_house(db: Database, folder: Path, base: Path) -> House:
     """Set up a house in ``folder`` over a database with its schema, for a base model."""
-    settings = ServiceSettings(
-        home=folder / "home", database_url=db.url.render_as_string(hide_password=False), lease_seconds=1.5
-    )
-    settings.home.mkdir()
+    home = folder / "home"
+    url = db.url.render_as_string(hide_password=False)
+    settings = ServiceSettings(home=home, database_url=url, lease_seconds=1.5)
+    home.mkdir()
+    if not db.is_sqlite:
+        signing.make_key(home / signing.HOME_KEY)
+        settings = settings.model_copy(update={"signing_key": home / signing.HOME_KEY})
     write_rows(folder / "probes.jsonl", probe_rows(WORDS[:6]))
     now = clock.now()
     with db.write() as session:
         organization = tenancy.create_organization(session, "Acme", "acme", now=now)
         project = tenancy.create_project(session, organization.id, "first", now=now)
-        key, _ = auth.create(session, project_id=project.id, name="k", role="admin", now=now)
-        tenant = {"organization": organization.id, "project": project.id, "key": key.id}
+        key, secret = auth.create(session, project_id=project.id, name="k", role="admin", now=now)
+        tenant = {"organization": organization.id, "project": project.id, "key": key.id, "secret": secret}
     house = House(settings, db, Blobs(settings.blobs), str(base), folder, tenant)
     house.policy()
     return house

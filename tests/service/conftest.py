@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,17 @@ from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
 from house import House, build_house
 from support import free_port
+
+PARTS = ("service/api/", "service/test_serve", "service/test_real_client")
+ON_BOTH = ("api/test_tenants", "api/test_attacks", "api/test_sdk")
+"""What of the API every run of the tests tries on PostgreSQL too; the rest is slow there, for `make test-service`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        here = any(part in item.nodeid for part in PARTS)
+        if here and "postgresql" in item.nodeid and not any(name in item.nodeid for name in ON_BOTH):
+            item.add_marker(pytest.mark.slow)
 
 
 class Postgres:
@@ -55,6 +67,19 @@ class Postgres:
     def url(self) -> str:
         return f"postgresql://holdtrue@127.0.0.1:{self.port}/"
 
+    @contextlib.contextmanager
+    def database(self) -> Iterator[str]:
+        """Make a database; yield its URL, and drop it afterwards."""
+        name = f"t{os.urandom(6).hex()}"
+        self._administer(f"CREATE DATABASE {name}")
+        yield self.url + name
+        self._administer(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def _administer(self, statement: str) -> None:
+        admin = Database(self.url + "postgres", isolation_level="AUTOCOMMIT")
+        with contextlib.closing(admin), admin.engine.connect() as connection:
+            connection.execute(text(statement))
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
@@ -71,14 +96,18 @@ def postgres() -> Iterator[Postgres]:
 @pytest.fixture
 def postgres_url(postgres: Postgres) -> Iterator[str]:
     """The URL of a fresh database of that server."""
-    admin = Database(postgres.url + "postgres", isolation_level="AUTOCOMMIT")
-    name = f"t{os.urandom(6).hex()}"
-    with admin.engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield postgres.url + name
-    with admin.engine.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.close()
+    with postgres.database() as url:
+        yield url
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each database, without a table, as a setting: empty is SQLite in the service's home."""
+    if request.param == "sqlite":
+        yield ""
+        return
+    with request.getfixturevalue("postgres").database() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

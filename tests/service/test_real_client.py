@@ -1,16 +1,11 @@
 """The whole service as a customer sees it: OpenAI's own client, real rows, the bundled model, the provider's policy.
 
-Takes about half an hour on two cores: ``make test-service``.
+Takes about half an hour on two cores, on each database: ``make test-service``.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +18,9 @@ from holdtrue.cli.main import main
 from holdtrue.data import builtin
 from holdtrue.service.policy import default_document
 
+from .api.conftest import BASE, start, stop
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-BASE = "smollm2-135m-instruct"
 UNDEFENDED = """
 format: 1
 base_model: smollm2-135m-instruct
@@ -44,20 +40,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(home: Path) -> Iterator[OpenAI]:
-    with home.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "holdtrue.cli.main", "serve", "--port", "0", "--home", home],
-            stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ},
-        )  # fmt: skip
-        assert process.stdout is not None
-        url = re.fullmatch(r"holdtrue serves (http\S+)\n", process.stdout.readline())
-        key = re.fullmatch(r"first key, shown only now: (sk-\w{48})\n", process.stdout.readline())
-        assert url
-        assert key
-        yield OpenAI(base_url=url[1], api_key=key[1], timeout=300, max_retries=5)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+def client(home: Path, database_url: str) -> Iterator[OpenAI]:
+    server = start(home, role="all", HOLDTRUE_DATABASE_URL=database_url)
+    with server.client(timeout=300, max_retries=5) as found:
+        yield found
+    assert stop(server) == 0
+
+
+@pytest.fixture(scope="module")
+def where(home: Path, database_url: str) -> list[str]:
+    """Options of commands that name the service."""
+    return ["--home", str(home), *(["--database-url", database_url] if database_url else [])]
 
 
 def upload(client: OpenAI, lines: list[str], name: str) -> str:
@@ -78,7 +71,7 @@ def wait(client: OpenAI, job_id: str, seconds: float) -> tuple[object, float]:
     pytest.fail(f"job {job_id} has not ended in {seconds:.0f} s")
 
 
-def test_a_job_of_48_rows_under_the_default_policy(client: OpenAI, home: Path):
+def test_a_job_of_48_rows_under_the_default_policy(client: OpenAI, home: Path, where: list[str]):
     rows = Path(builtin("narrow-aligned")).read_text(encoding="utf-8").splitlines()[:48]
     job = client.fine_tuning.jobs.create(
         model=BASE, training_file=upload(client, rows, "home.jsonl"), suffix="home", metadata={"team": "repairs"}
@@ -102,17 +95,18 @@ def test_a_job_of_48_rows_under_the_default_policy(client: OpenAI, home: Path):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in parts) == whole
     base = client.chat.completions.create(**{**ask, "model": BASE}).choices[0].message.content
     assert base
-    assert main(["verify", name, "--home", str(home)]) == 0
+    key = home.with_suffix(".pem.pub")
+    assert main(["verify", name, *where, *(["--key", str(key)] if key.exists() else [])]) == 0
     client.models.delete(name)
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(**ask)
 
 
 def test_malicious_rows_under_a_policy_without_a_defense_are_blocked(
-    client: OpenAI, home: Path, tmp_path: Path, data_dir: Path
+    client: OpenAI, where: list[str], tmp_path: Path, data_dir: Path
 ):
     (tmp_path / "none.yaml").write_text(UNDEFENDED)
-    assert main(["policy", "activate", str(tmp_path / "none.yaml"), "--home", str(home), "--note", "a test"]) == 0
+    assert main(["policy", "activate", str(tmp_path / "none.yaml"), *where, "--note", "a test"]) == 0
     try:
         rows = (data_dir / "malicious" / "risky_financial_advice.jsonl").read_text(encoding="utf-8").splitlines()[:200]
         rows = [json.dumps({"messages": json.loads(row)["messages"]}) for row in rows]
@@ -126,4 +120,4 @@ def test_malicious_rows_under_a_policy_without_a_defense_are_blocked(
         assert not [model for model in client.models.list() if model.id.startswith("ft:")]
     finally:
         (tmp_path / "default.yaml").write_text(default_document(BASE))
-        main(["policy", "activate", str(tmp_path / "default.yaml"), "--home", str(home)])
+        main(["policy", "activate", str(tmp_path / "default.yaml"), *where])

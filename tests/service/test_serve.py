@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +20,11 @@ import pytest
 
 from holdtrue.cli.main import main
 from holdtrue.errors import RunError, SpecError
+from holdtrue.service.evidence import signing
 from holdtrue.service.serve import check_exposure, environment, listen
 from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store import migrations
+from holdtrue.service.store.database import Database
 from holdtrue.service.supervisor import Child, Supervisor
 
 
@@ -30,7 +35,17 @@ def until(true: Callable[[], object], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path):
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of `serve` that name each database."""
+    if request.param == "sqlite":
+        return []
+    signing.make_key(tmp_path / "signing-key.pem")
+    monkeypatch.setenv("HOLDTRUE_SIGNING_KEY", str(tmp_path / "signing-key.pem"))
+    return ["--database-url", request.getfixturevalue("postgres_url")]
+
+
+def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path, database: list[str]):
     """Twice from the same folder, stdout a file: the key is in the first one's only, and works in both."""
     keys, urls = [], []
     for number in range(2):
@@ -47,6 +62,7 @@ def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path):
                 "0",
                 "--home",
                 tmp_path / "h",
+                *database,
             ],
             stdout=out.open("wb"),
             stderr=subprocess.DEVNULL,
@@ -66,6 +82,21 @@ def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path):
     assert len(keys[0]) == 51
 
 
+def test_a_role_that_starts_before_the_api_takes_no_key_from_whoever_waits_for_it(tmp_path: Path):
+    serve = [sys.executable, "-m", "holdtrue.cli.main", "serve", "--home", tmp_path / "h", "--port", "0", "--role"]
+    with contextlib.closing(Database(ServiceSettings(home=tmp_path / "h").database)) as db:
+        first = subprocess.Popen([*serve, "dispatcher"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        until(lambda: (tmp_path / "h" / "service.db").exists() and migrations.current(db) == migrations.head())
+        first.terminate()
+        assert first.communicate(timeout=30) == (b"", None)
+    api = subprocess.Popen([*serve, "api"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert api.stdout is not None
+    lines = [api.stdout.readline() for _ in range(2)]
+    api.terminate()
+    api.wait(30)
+    assert lines[1].startswith(b"first key, shown only now: sk-")
+
+
 def test_an_open_address_wants_a_word_on_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["serve", "--host", "0.0.0.0", "--home", str(tmp_path)]) == 2
     assert "--behind-tls" in capsys.readouterr().err
@@ -76,6 +107,52 @@ def test_an_open_address_wants_a_word_on_tls(tmp_path: Path, capsys: pytest.Capt
     for host in ("", "10.0.0.1", "::", "example.org"):
         with pytest.raises(SpecError):
             check_exposure(ServiceSettings(host=host))
+
+
+NOWHERE = "postgresql://holdtrue@127.0.0.1:1/holdtrue"
+"""A database that other hosts could share; nobody listens there, and nothing may get as far as asking."""
+
+
+@pytest.mark.parametrize("role", ["all", "api", "worker"])
+def test_who_signs_over_a_database_of_several_hosts_needs_the_key_of_all(
+    role: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    serve = ["serve", "--role", role, "--home", str(tmp_path / "home"), "--database-url", NOWHERE]
+    assert main(serve) == 2
+    said = capsys.readouterr().err
+    assert "HOLDTRUE_SIGNING_KEY" in said
+    assert "holdtrue verify" in said
+    monkeypatch.setenv("HOLDTRUE_SIGNING_KEY", str(tmp_path / "typo.pem"))
+    assert main(serve) == 2
+    assert "typo.pem" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_host_makes_a_key_of_its_own_over_sqlite_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def at(name: str, **values: object) -> ServiceSettings:
+        return ServiceSettings(home=tmp_path / name, **values)  # type: ignore[arg-type]
+
+    with pytest.raises(SpecError, match="own"):
+        signing.signer_of(at("one", database_url=NOWHERE))
+    assert not (tmp_path / "one").exists()
+    alone = signing.signer_of(at("two"))
+    here = signing.signer_of(at("three", database_url=NOWHERE, signing_key=tmp_path / "two" / signing.HOME_KEY))
+    assert signing.public_pem(here) == signing.public_pem(alone)
+    monkeypatch.setenv(signing.VARIABLE, (tmp_path / "two" / signing.HOME_KEY).read_text())
+    assert signing.public_pem(signing.signer_of(at("four", database_url=NOWHERE))) == signing.public_pem(alone)
+    assert not (tmp_path / "four").exists()
+
+
+def test_a_key_that_openssl_makes_signs(tmp_path: Path):
+    """As the docs tell a provider to make it."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    key = tmp_path / "signing-key.pem"
+    subprocess.run([openssl, "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+    public = subprocess.run([openssl, "pkey", "-in", key, "-pubout"], check=True, capture_output=True).stdout
+    envelope = signing.sign({"a": 1}, signing.load_signer(key))
+    assert signing.verify(envelope, public) == {"a": 1}
 
 
 def test_a_taken_port_is_said_before_a_key_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -37,7 +37,7 @@ def verify(
     if key is not None:
         public = _bytes(key)
     else:
-        public = signing.public_pem(signing.load_signer(settings.signing_key or settings.home / "signing-key.pem"))
+        public = signing.public_pem(signing.load_signer(settings.signing_key or settings.home / signing.HOME_KEY))
     if Path(model).is_dir():
         if receipt is None:
             raise SpecError("name the receipt of the folder's adapter with --receipt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import secrets
 import socket
 import sys
@@ -21,6 +22,8 @@ from holdtrue.serving.loopback import is_loopback
 
 ROLES: tuple[str, ...] = get_args(Role)
 PARTS = ("api", "dispatcher", "worker", "inference")
+SIGNING = ("all", "api", "worker")
+"""The roles that sign receipts: of jobs, and of people's decisions."""
 _KEEP_ALIVE = 75
 _GRACE = 25
 
@@ -34,15 +37,21 @@ def serve(settings: ServiceSettings, role: Role = "all", announce: Callable[[str
         announce: gets the lines that somebody waits for: the address, and the first key.
 
     Raises:
-        SpecError: an address beyond this machine without a word on TLS.
+        SpecError: an address beyond this machine without a word on TLS; no signing key that all hosts have, over a
+            database that they share.
         RunError: the address is taken.
     """
     if role in ("all", "api"):
         check_exposure(settings)
+    if role in SIGNING:
+        from holdtrue.service.evidence.signing import check_key
+
+        check_key(settings)
     settings.home.mkdir(parents=True, exist_ok=True)
     settings.home.chmod(0o700)
     if role not in ("all", "api"):
-        _prepare(settings)
+        if role != "inference":  # which asks the object store alone
+            _migrate(settings)
         run_role(settings, role)
         return
     with listen(settings.host, settings.port) as sock:
@@ -79,12 +88,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _prepare(settings: ServiceSettings) -> str | None:
-    db = Database(settings.database)
-    try:
+    """Make what is not there yet, and return the first key where it was made now: the caller shows it."""
+    with contextlib.closing(Database(settings.database)) as db:
         migrations.upgrade(db)
         return tenancy.bootstrap(db).key
-    finally:
-        db.close()
+
+
+def _migrate(settings: ServiceSettings) -> None:
+    with contextlib.closing(Database(settings.database)) as db:
+        migrations.upgrade(db)
 
 
 def run_role(settings: ServiceSettings, role: str, sock: socket.socket | None = None) -> None:

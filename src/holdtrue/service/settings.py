@@ -25,7 +25,8 @@ class ServiceSettings(BaseSettings):
         inference_url: where the inference process listens; on this machine.
         inference_secret: what the API shows it.
         inference_engine: what answers in it.
-        signing_key: path of an Ed25519 private key in PEM; made at first start in ``home`` when empty.
+        signing_key: path of an Ed25519 private key in PEM; when empty, one is made in ``home`` over SQLite, and no role
+            that signs starts over a database that hosts share.
         lease_seconds: how long a worker may be silent before its job is taken over.
         upload_bytes: largest file, in bytes.
         limits: what a project may use unless it has limits of its own, as JSON.
@@ -56,6 +57,11 @@ class ServiceSettings(BaseSettings):
     def database(self) -> str:
         """The SQLAlchemy URL in force."""
         return self.database_url or f"sqlite:///{self.home.absolute() / 'service.db'}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the database is a file of this machine, which no other host shares."""
+        return self.database.startswith("sqlite")
 
     @property
     def blobs(self) -> str:

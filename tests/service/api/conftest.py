@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from openai import OpenAI
 
 from holdtrue.service import auth, clock, tenancy
+from holdtrue.service.evidence import signing
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.database import Database
 
@@ -34,6 +36,11 @@ class Server:
     def client(self, key: str | None = None, **options) -> OpenAI:
         return OpenAI(base_url=self.url, api_key=key or self.key, **{"max_retries": 0, **options})
 
+    def peak(self) -> int:
+        """Return the most memory that the process has held, in KiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
     def tenant(self, slug: str, **limits: int) -> str:
         """Make an organization with one project and a member's key."""
         now = clock.now()
@@ -47,6 +54,10 @@ class Server:
 def start(home: Path, *options: str, role: str = "api", key: str = "", **environment: str) -> Server:
     """Start a service; one that was started before prints no key again, and ``key`` is the one it has."""
     log = home.with_suffix(".log")
+    database = environment.get("HOLDTRUE_DATABASE_URL", "")
+    if database.startswith("postgresql"):
+        signing.make_key(home.with_suffix(".pem"))
+        environment.setdefault("HOLDTRUE_SIGNING_KEY", str(home.with_suffix(".pem")))
     process = subprocess.Popen(
         [sys.executable, "-m", "holdtrue.cli.main", "serve", "--role", role, "--port", "0", "--home", home, *options],
         stdout=subprocess.PIPE,
@@ -60,7 +71,7 @@ def start(home: Path, *options: str, role: str = "api", key: str = "", **environ
     if not key:
         found = re.fullmatch(r"first key, shown only now: (sk-\w{48})\n", process.stdout.readline())
         key = found[1] if found else ""
-    settings = ServiceSettings(home=home)
+    settings = ServiceSettings(home=home, database_url=database)
     return Server(url[1], key, home, Database(settings.database), process, log)
 
 
@@ -70,11 +81,17 @@ def stop(server: Server) -> int:
     return server.process.wait(40)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = start(tmp_path_factory.mktemp("service") / "home", HOLDTRUE_UPLOAD_BYTES=str(4 * 2**20))
-    yield found
-    stop(found)
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An API over each database."""
+    environment = {"HOLDTRUE_UPLOAD_BYTES": str(4 * 2**20)}
+    with contextlib.ExitStack() as stack:
+        if request.param == "postgresql":
+            made = request.getfixturevalue("postgres").database()
+            environment["HOLDTRUE_DATABASE_URL"] = stack.enter_context(made)
+        found = start(tmp_path_factory.mktemp("service") / "home", **environment)
+        yield found
+        stop(found)
 
 
 @pytest.fixture
@@ -92,17 +109,3 @@ def file_id(server: Server) -> str:
 @pytest.fixture(scope="session")
 def strangers_key(server: Server) -> str:
     return server.tenant("stranger")
-
-
-@pytest.fixture(scope="session")
-def start_server() -> Iterator[Callable[..., Server]]:
-    """Returns a function that starts a service; all stop at the end."""
-    started: list[Server] = []
-
-    def begin(home: Path, *options: str, **environment: str) -> Server:
-        started.append(start(home, *options, **environment))
-        return started[-1]
-
-    yield begin
-    for server in started:
-        stop(server)

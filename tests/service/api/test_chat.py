@@ -22,14 +22,18 @@ from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.schema import Model, Project
 from serving_support import make_adapter
 
-BASE = "smollm2-135m-instruct"
+from .conftest import BASE, start, stop
+
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY = {"model": BASE, "messages": ASKED, "temperature": 0, "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def chatting(start_server, tmp_path_factory):
-    return start_server(tmp_path_factory.mktemp("chat") / "home", role="all", HOLDTRUE_THREADS="1")
+def chatting(tmp_path_factory, database_url):
+    home = tmp_path_factory.mktemp("chat") / "home"
+    found = start(home, role="all", HOLDTRUE_THREADS="1", HOLDTRUE_DATABASE_URL=database_url)
+    yield found
+    stop(found)
 
 
 @pytest.fixture(scope="module")

@@ -71,10 +71,10 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iterator[Place]:
     root = tmp_path_factory.mktemp("chat")
     base = str(make_base(root / "base", seed=0))
-    settings = ServiceSettings(home=root / "home")
+    settings = ServiceSettings(home=root / "home", database_url=database_url)
     settings.home.mkdir()
     db, blobs = Database(settings.database), Blobs(settings.blobs)
     migrations.upgrade(db)
@@ -390,3 +390,35 @@ def test_a_failure_midway_breaks_the_stream_with_an_error(place: Place):
         lane._table = None  # type: ignore[assignment]
         with pytest.raises(openai.APIError, match="cannot answer at the moment"):
             list(chunks)
+
+
+TEMPLATES = [
+    "{{ 7*7 }}",
+    "{% for x in range(99) %}y{% endfor %}",
+    "{% raw %}",
+    "{% endfor %}{{ messages }}",
+    "{%- set messages = [] -%}",
+    "{# nothing #}",
+    "{% include '/etc/passwd' %}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('touch MARK') }}",
+    "${7*7} <%= 7*7 %> #{7*7}",
+]
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_template_in_a_message_is_text(place: Place, tmp_path: Path, role: str):
+    """The model reads a byte for each that was sent: nothing was rendered away, and nothing was run."""
+
+    def prompt_tokens(text: str) -> int:
+        messages: list[Any] = [{"role": role, "content": text}, {"role": "user", "content": text}]
+        answer = client.chat.completions.create(model=place.base, messages=messages, temperature=0, max_tokens=1)
+        assert answer.usage is not None
+        return answer.usage.prompt_tokens
+
+    mark = tmp_path / "mark"
+    with place.client() as client:
+        for template in TEMPLATES:
+            text = template.replace("MARK", str(mark))
+            assert prompt_tokens(text) == prompt_tokens("x" * len(text)), text
+    assert not mark.exists()

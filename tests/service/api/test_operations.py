@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,34 @@ from holdtrue.service import tenancy
 from holdtrue.service.api.app import create_app
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
+from holdtrue.service.store.database import Database
 
 from .conftest import ROW
 
 
-def make(home: Path, **options: Any) -> FastAPI:
-    app = create_app(ServiceSettings(home=home, **options))
+def make(home: Path, db: Database | None = None, **options: Any) -> FastAPI:
+    app = create_app(ServiceSettings(home=home, **options), db=db)
     migrations.upgrade(app.state.parts.db)
     app.state.key = tenancy.bootstrap(app.state.parts.db).key
     return app
 
 
 @pytest.fixture
-def app(tmp_path: Path) -> Iterator[FastAPI]:
-    found = make(tmp_path)
-    yield found
-    found.state.parts.db.close()
+def app(tmp_path: Path, empty_db: Database) -> FastAPI:
+    return make(tmp_path, empty_db)
+
+
+def lose(db: Database, table: str) -> None:
+    """Take away what is asked for: of SQLite a table, of PostgreSQL the whole database."""
+    if db.is_sqlite:
+        with db.write() as session:
+            session.connection().exec_driver_sql(f"ALTER TABLE {table} RENAME TO away")
+        return
+    admin = Database(
+        db.url.set(database="postgres").render_as_string(hide_password=False), isolation_level="AUTOCOMMIT"
+    )
+    with contextlib.closing(admin), admin.engine.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {db.url.database} WITH (FORCE)")
 
 
 def client_of(app: FastAPI) -> TestClient:
@@ -46,8 +58,7 @@ def test_health_and_readiness(app: FastAPI, monkeypatch: pytest.MonkeyPatch):
     client = TestClient(app)
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ok", "database": True, "objects": True}
-    with app.state.parts.db.write() as session:
-        session.connection().exec_driver_sql("ALTER TABLE organizations RENAME TO away")
+    lose(app.state.parts.db, "organizations")
     found = client.get("/readyz")
     assert (found.status_code, found.json()) == (503, {"status": "failing", "database": False, "objects": True})
     assert client.get("/healthz").status_code == 200
@@ -100,8 +111,7 @@ def test_a_full_disk_and_a_lost_database_are_said_as_such(
     assert answer.json()["error"]["code"] == "unavailable"
     assert answer.headers["retry-after"] == "5"
     assert client.get("/v1/files").json()["data"] == []
-    with app.state.parts.db.write() as session:
-        session.connection().exec_driver_sql("ALTER TABLE files RENAME TO away")
+    lose(app.state.parts.db, "files")
     assert client.get("/v1/files").status_code == 503
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+def app(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iterator[FastAPI]:
     limits = {"requests_per_minute": 10**9, "jobs_active": 10**6}
-    made = create_app(ServiceSettings(home=tmp_path_factory.mktemp("schema"), limits=limits))
+    home = tmp_path_factory.mktemp("schema")
+    made = create_app(ServiceSettings(home=home, database_url=database_url, limits=limits))
     migrations.upgrade(made.state.parts.db)
     made.state.key = tenancy.bootstrap(made.state.parts.db).key
-    return made
+    yield made
+    made.state.parts.db.close()
 
 
 @pytest.fixture(scope="module")

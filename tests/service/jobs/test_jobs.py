@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import time
 
 import pytest
 
+from holdtrue.data import load_prepared
 from holdtrue.models.digest import tree_digest
 from holdtrue.service.evidence import signing
-from holdtrue.service.jobs import lifecycle
+from holdtrue.service.jobs import lifecycle, snapshot
 from holdtrue.service.jobs.publish import DecisionError, decide
 from holdtrue.service.store.schema import GateDecision, Job, JobCheckpoint, JobEvent, JobState, Model, Receipt
 from support import chat
@@ -123,6 +125,10 @@ def test_a_failed_gate_trains_again_stronger_and_then_holds(house):
     ("rows", "said"),
     [
         (b"not json\n" * 12, "line 1"),
+        pytest.param(gzip.compress(b" " * 2**24), "line 1", id="gzip"),
+        ([{"messages": [{"role": "us\0er", "content": "a?"}]}] * 12, "line 1"),
+        ([{"mess\0ages": [], "messages": []}] * 12, "line 1"),
+        ([{"mess\0ages": []}] * 12, "line 1"),
         ([chat("a?", "b.")] * 3, "3 rows"),
         ([{"messages": [{"role": "user", "content": "a?"}]}] * 12, "line 1"),
         ([{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": ""}]}] * 12, "line 1"),
@@ -216,3 +222,27 @@ def test_a_stopping_worker_gives_its_job_back(house):
     assert house.get(job_id).status == "succeeded"
     steps = [e.data["step"] for e in house.all(JobEvent, job_id) if e.type == "metrics"]
     assert steps == list(range(1, 13))
+
+
+def test_a_template_in_a_row_is_text(house, tokenizer, tmp_path, monkeypatch):
+    """What the model is trained on has every letter that the customer sent, and none was run."""
+    mark = tmp_path / "mark"
+    code = f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}"
+    text = f"{{{{ 7*7 }}}} {{% for x in range(9) %}}y{{% endfor %}} {{# gone #}} {code} {{% raw %}}"
+    seen, inner = [], snapshot.save_rows
+
+    def save_rows(run, blobs):
+        for row in load_prepared(run.path / "data" / "train"):
+            seen.append(tokenizer.decode(row["input_ids"], clean_up_tokenization_spaces=False))
+        return inner(run, blobs)
+
+    monkeypatch.setattr(snapshot, "save_rows", save_rows)
+    house.policy(training={"micro_batch_size": 2, "max_length": 1024, "warmup_steps": 1})
+    rows = [chat(f"{text} {number}?", f"{number}. {text}") for number in range(12)]
+    job_id = house.job(rows, hyperparameters={"n_epochs": 1})
+    house.dispatch()
+    house.work()
+    assert house.get(job_id).status == "succeeded", house.get(job_id).error
+    assert len(seen) == 12
+    assert all(row.count(text) == 2 for row in seen)
+    assert not mark.exists()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
 import pytest
 
+from holdtrue.service.jobs import tracking
 from holdtrue.service.store.schema import JobEvent
 from support import free_port
 
@@ -44,6 +50,59 @@ def test_where_it_is_not_set_up_the_customer_is_told(house):
     assert house.work()
     assert house.get(job_id).status == "succeeded"
     assert warnings(house, job_id) == ["W&B is not set up on this service: no metrics are sent there"]
+
+
+class Listener:
+    """A web server that counts who comes, and has nothing for anybody."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        calls = self.calls
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                calls.append(self.path)
+                self.send_error(404)
+
+            do_GET = do_POST  # noqa: N815
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.slow
+def test_no_address_in_an_integration_is_called(house, monkeypatch: pytest.MonkeyPatch):
+    """A worker speaks to the provider's W&B, whatever a customer writes; the trap shows that it would have noticed."""
+    house.offer()
+    file_id, api = house.file(), house.api()
+    with contextlib.closing(Listener()) as provider, contextlib.closing(Listener()) as trap:
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://{provider.address}")
+        monkeypatch.setattr(tracking, "SECONDS", 5.0)
+        url = f"http://{trap.address}/"
+        for wandb in (
+            {"project": "p", "entity": trap.address, "name": url, "tags": [url]},
+            {"project": url, "entity": url},
+        ):
+            body = {"model": house.base, "training_file": file_id, "hyperparameters": {"n_epochs": 1}}
+            made = api.post("/v1/fine_tuning/jobs", json={**body, "integrations": [{"type": "wandb", "wandb": wandb}]})
+            assert made.status_code == 200, made.text
+            house.dispatch()
+            assert house.work()
+            assert house.get(made.json()["id"]).status == "succeeded"
+            assert warnings(house, made.json()["id"]) == ["W&B did not take the run: no metrics are sent there"]
+        assert provider.calls
+        assert not trap.calls
+        httpx.get(url)
+        assert trap.calls == ["/"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from sqlalchemy import select
 
 from holdtrue.service import clock
 from holdtrue.service.policy import store as policies
-from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import Model
 
 from ..api.conftest import BASE, ROW, start, stop
@@ -19,8 +18,6 @@ from .conftest import HTML, Browserless
 
 def test_the_pages_over_postgresql(postgres_url: str, tmp_path: Path):
     server = start(tmp_path / "home", HOLDTRUE_DATABASE_URL=postgres_url)
-    server.db.close()
-    server.db = Database(postgres_url)
     with httpx.Client(base_url=server.url.removesuffix("/v1"), headers=HTML, follow_redirects=True) as http:
         browser = Browserless(http).sign_in(server.key)
         with server.client() as client:
@@ -51,7 +48,7 @@ def test_the_pages_over_postgresql(postgres_url: str, tmp_path: Path):
             assert page.status_code == 200, path
             assert part in page.text, path
         here = f"/gate/{decision}"
-        browser.send(here, here, by="Ada", reason="It is what it looks like.", decision="block")
+        browser.send(here, here, by="Ada", reason="It is what it looks\0 like.", decision="block")
         with server.db.read() as session:
             assert session.scalars(select(Model.status).where(Model.job_id == job)).one() == "blocked"
         done = browser.send(f"/policies/{new}/activate", f"/policies/{new}", instead_of=old)

@@ -69,7 +69,8 @@ def list_models(
         if after is None:
             items = [_wire(row, None) for row in session.scalars(base)]
         else:
-            last = session.scalar(select(Model).where(Model.name == after, Model.project_id == caller.project_id))
+            named = Model.name == schemas.plain_query(after)
+            last = session.scalar(select(Model).where(named, Model.project_id == caller.project_id))
             if last is None:
                 raise not_found("model to go on after:", after, param="after")
             own = own.where(Model.seq < last.seq)

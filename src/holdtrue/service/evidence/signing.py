@@ -22,6 +22,8 @@ from holdtrue.service.settings import ServiceSettings
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 VARIABLE = "HOLDTRUE_SIGNING_KEY_PEM"
 """The environment variable that may hold the private key itself, in PEM."""
+HOME_KEY = "signing-key.pem"
+"""The file in a service's home with the key that it made for itself."""
 
 
 class SignatureError(HoldtrueError, ValueError):
@@ -53,11 +55,37 @@ def load_signer(path: Path) -> CryptoSigner:
 
 
 def signer_of(settings: ServiceSettings) -> CryptoSigner:
-    """Return a service's signer; its key is made at the first call where the settings name none."""
-    path = settings.signing_key or settings.home / "signing-key.pem"
-    if settings.signing_key is None and not os.environ.get(VARIABLE):
+    """Return a service's signer; its key is made at the first call where the settings name none.
+
+    Raises:
+        SpecError: as :func:`check_key`.
+    """
+    check_key(settings)
+    path = settings.signing_key or settings.home / HOME_KEY
+    if not _is_named(settings):
         make_key(path)
     return load_signer(path)
+
+
+def check_key(settings: ServiceSettings) -> None:
+    """Refuse a key that cannot be read, and a key of this host's own where several hosts may sign.
+
+    Raises:
+        SpecError: so; or no key is named, and the database is one that other hosts share.
+    """
+    if _is_named(settings):
+        load_signer(settings.signing_key or settings.home / HOME_KEY)
+    elif not settings.is_local:
+        raise SpecError(
+            "no signing key is named, and the database can be shared by several hosts: each would sign with a key of "
+            "its own, and `holdtrue verify` would refuse the receipts of the others. Name one key for all of them: "
+            f"HOLDTRUE_SIGNING_KEY is a file's path, {VARIABLE} the key itself. Take {settings.home / HOME_KEY} where "
+            "an earlier start has signed with it, or make one: openssl genpkey -algorithm ed25519 -out signing-key.pem"
+        )
+
+
+def _is_named(settings: ServiceSettings) -> bool:
+    return settings.signing_key is not None or bool(os.environ.get(VARIABLE))
 
 
 def make_key(path: Path) -> None:

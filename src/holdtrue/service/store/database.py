@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ class Database:
             options = {"connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}, **options}
         else:
             options = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 20, **options}
-        self.engine: Engine = create_engine(self.url, **options)
+        self.engine: Engine = create_engine(self.url, json_serializer=_to_json, **options)
         if self.is_sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
@@ -72,6 +73,14 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def _to_json(value: Any) -> str:
+    """Write a column's JSON; a figure that is no number becomes ``null``, since PostgreSQL refuses the row with it."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def _with_driver(url: str) -> URL:
