@@ -240,7 +240,7 @@ def test_pairs_that_never_meet_are_refused_after_so_many_jobs_with_a_word_on_whe
         last = error["message"].partition("after=")[2].partition(" ")[0]
         path, steps = f"{NEVER_MEET}&after={last}", steps + 1
     assert answer.json() == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
-    assert steps == MANY // 2 // metadata.LOOKED_AT - 1  # all were looked at, the last thousand without a refusal
+    assert steps == MANY // 2 // metadata.LOOKED_AT - 1  # all were looked at, the last ones without a refusal
 
 
 def test_pairs_that_seldom_meet_are_all_found_by_who_goes_on(client: TestClient):

@@ -16,7 +16,7 @@ from holdtrue.service.api.pages import Slice, position
 from holdtrue.service.store.schema import Job, JobMetadata
 
 MOST_FILTERS = 16
-LOOKED_AT = 1000
+LOOKED_AT = 500
 """Jobs that a page looks at, at most, for several pairs at once: no index has what they have in common."""
 QUERY = {
     "parameters": [
