@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.service load [--clients 50] [--seconds 120]`` starts a whole service on SQLite, lets it tune
 SmolLM2 on real rows, and meanwhile has clients of OpenAI's read, upload and chat. ``python -m benchmarks.service growth
-[--jobs 100 1000 10000 100000] [--database URL]`` fills a database with jobs and times reads over HTTP, each size in
-turns. Both print one JSON document; what is measured is on the loopback address, clients beside the server.
+[--jobs 100 1000 10000 100000] [--rounds 60] [--database URL]`` fills a database with jobs and times reads over HTTP,
+each size in turns. Both print one JSON document, and exit with 1 where what they saw is not as it should be; what is
+measured is on the loopback address, clients beside the server.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.rounds import say
 from benchmarks.workload import data_file, machine, versions
 
 BASE = "smollm2-135m-instruct"
 PAGES = 20
+MOST_GROWTH = 2.0
+"""How much slower a read may be among the most jobs than among the fewest."""
 
 
 @contextlib.contextmanager
@@ -143,14 +146,17 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
             while (now := plain.fine_tuning.jobs.retrieve(job)).status in ("queued", "running"):
                 time.sleep(1)
             told = [event.data for event in plain.fine_tuning.jobs.list_events(job, limit=100) if event.data]
-        steps = sorted(int(data["step"]) for data in told if "step" in data and "train_loss" in data)  # type: ignore[index]
+        trained: list[Any] = [data for data in told if "step" in data and "train_loss" in data]  # type: ignore[operator]
+        steps = sorted(int(data["step"]) for data in trained)
+        planned = max((int(data["total_steps"]) for data in trained), default=0)
         return {
             "clients": clients,
             "seconds": seconds,
             "job_during": during,
             "job_end": now.status,
             "steps_told": len(steps),
-            "events_whole": steps == list(range(1, len(steps) + 1)),
+            "steps_planned": planned,
+            "events_whole": planned > 0 and steps == list(range(1, planned + 1)),
             "failed": dict(crowd.failed),
             "requests_per_second": round(sum(map(len, crowd.seconds.values())) / seconds, 1),
             "latency": {kind: spread(found) for kind, found in sorted(crowd.seconds.items())},
@@ -160,54 +166,139 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
 # Among many jobs
 
 
-def fill(db: Any, template: str, upto: int) -> str:
-    """Copy a job with its file, events and metadata until there are ``upto``; return the id of one in the middle."""
-    from sqlalchemy import func, insert, select, text
+class Read(NamedTuple):
+    """What is timed: a path, how many rows its page must have (none are quick), and whether it may be refused."""
 
-    from holdtrue.service import ids
-    from holdtrue.service.store.schema import File, Job, JobEvent, JobMetadata
+    path: str
+    least: int = 0
+    most: int = 10**6
+    may_be_refused: bool = False
 
-    with db.read() as session:
-        job = session.execute(select(Job.__table__).where(Job.id == template)).mappings().one()
-        events = session.execute(select(JobEvent.__table__).where(JobEvent.job_id == template)).mappings().all()
-        file = session.execute(select(File.__table__).where(File.id == job["training_file"])).mappings().one()
-        have = session.scalar(select(func.count()).select_from(Job))
-    while have < upto:
-        new = [ids.new("ftjob") for _ in range(min(2000, upto - have))]
-        with db.write() as session:
-            session.execute(insert(Job), [{**job, "id": i, "seq": None} | {"status": "succeeded"} for i in new])
-            told = [{**event, "id": ids.new("ftevent"), "seq": None, "job_id": i} for i in new for event in events]
-            session.execute(insert(JobEvent), told)
-            copies = [{**file, "id": ids.new("file"), "seq": None, "bytes": 1, "blob": None} for _ in new]
-            session.execute(insert(File), copies)
-            pairs = [{"job_id": i, "key": "team", "value": f"t{n % 5}"} for n, i in enumerate(new)]
-            session.execute(insert(JobMetadata), pairs)
-        have += len(new)
-    with db.write() as session:
-        session.execute(text("ANALYZE"))  # PostgreSQL does so by itself, a minute later
-    with db.read() as session:
-        query = select(Job.id).order_by(Job.seq).offset(upto // 2).limit(1)
-        return str(session.scalar(query))
+    def get(self, http: Any) -> None:
+        """Ask, and insist on the answer that was meant."""
+        answer = http.get(self.path)
+        if answer.status_code == 400 and self.may_be_refused:
+            return
+        found = answer.raise_for_status().json().get("data", [])
+        if not self.least <= len(found) <= self.most:
+            raise SystemExit(f"{self.path} has {len(found)} rows, and {self.least} to {self.most} were meant")
 
 
-def reads(http: Any, job: str) -> dict[str, Callable[[], Any]]:
-    """Return what is timed."""
-    paths = {
-        "list jobs": "/fine_tuning/jobs?limit=20",
-        "list jobs, from the middle": f"/fine_tuning/jobs?limit=20&after={job}",
-        "list jobs, one team's": "/fine_tuning/jobs?limit=20&metadata[team]=t7",
-        "retrieve job": f"/fine_tuning/jobs/{job}",
-        "list events": f"/fine_tuning/jobs/{job}/events",
-        "list checkpoints": f"/fine_tuning/jobs/{job}/checkpoints",
-        "list files": "/files?limit=20",
-        "list models": "/models",
-        "usage": "/holdtrue/usage",
+def reads(job: str, model: str) -> dict[str, Read]:
+    """Return what is timed, by what it is called."""
+    jobs = "/fine_tuning/jobs?limit=20"
+    return {
+        "list jobs": Read(jobs, 20),
+        "list jobs, from the middle": Read(f"{jobs}&after={job}", 20),
+        "list jobs, one team's": Read(f"{jobs}&metadata[team]=t3", 20),
+        "list jobs, those of the oldest alone": Read(f"{jobs}&metadata[first]=yes", 20),
+        "list jobs, two pairs": Read(f"{jobs}&metadata[team]=t3&metadata[shift]=day", 10),
+        "list jobs, two pairs that never meet": Read(
+            f"{jobs}&metadata[shift]=day&metadata[night]=yes", most=0, may_be_refused=True
+        ),
+        "list jobs, a neighbor's pair": Read(f"{jobs}&metadata[elsewhere]=yes", most=0),
+        "list jobs, without metadata": Read(f"{jobs}&metadata=null", most=0),
+        "retrieve job": Read(f"/fine_tuning/jobs/{job}"),
+        "list events": Read(f"/fine_tuning/jobs/{job}/events", 2),
+        "list checkpoints": Read(f"/fine_tuning/jobs/{job}/checkpoints", 1),
+        "list files": Read("/files?limit=20", 20),
+        "list files, for training": Read("/files?limit=20&purpose=fine-tune", 20),
+        "list models": Read("/models?limit=20", 20),
+        "retrieve model": Read(f"/models/{model}"),
+        "usage": Read("/holdtrue/usage"),
     }
-    return {name: lambda path=path: http.get(path).raise_for_status() for name, path in paths.items()}
 
 
-def growth(sizes: Sequence[int], database: str | None, rounds: int = 60) -> dict[str, Any]:
-    """Return latencies of reads by the number of jobs, and how they grow from the fewest to the most."""
+class Filler:
+    """Copies a job with all that it leaves behind, spread as unkindly as may be.
+
+    Each job has events, a checkpoint, metadata, a model, results and a training file that was deleted; 20 files for
+    training lie behind all of them. Each comes with one of a neighbor's, whose pair is on no job of the project.
+    """
+
+    def __init__(self, db: Any, template: str) -> None:
+        from sqlalchemy import func, select
+
+        from holdtrue.service import ids, tenancy
+        from holdtrue.service.store.schema import File, Job, JobEvent
+
+        def row(query: Any) -> dict[str, Any]:
+            return {name: value for name, value in query.mappings().one().items() if name != "seq"}
+
+        self.db, self.have = db, 0
+        with db.write() as session:
+            self.job = row(session.execute(select(Job.__table__).where(Job.id == template)))
+            self.file = row(session.execute(select(File.__table__).where(File.id == self.job["training_file"])))
+            self.file |= {"bytes": 1, "blob": None}
+            events = session.execute(select(JobEvent.__table__).where(JobEvent.job_id == template)).mappings().all()
+            self.events = [{name: value for name, value in each.items() if name != "seq"} for each in events]
+            self.next = int(session.scalar(select(func.max(Job.seq)))) + 1
+            self.neighbor = tenancy.create_project(session, self.job["organization_id"], "neighbor", now=1).id
+            self._insert(session, File, [{**self.file, "id": ids.new("file")} for _ in range(20)])
+
+    def _insert(self, session: Any, table: Any, rows: Sequence[dict[str, Any]]) -> None:
+        from sqlalchemy import insert
+
+        session.execute(insert(table.__table__), rows)
+
+    def fill(self, upto: int) -> tuple[str, str]:
+        """Go on until the project has so many jobs; return the id of one in the middle, and a model's name."""
+        from sqlalchemy import select, text
+
+        from holdtrue.service.store.schema import Job, Model
+
+        while self.have < upto:
+            count = min(2000, upto - self.have)
+            with self.db.write() as session:
+                self._add(session, count)
+            self.have += count
+        with self.db.write() as session:
+            session.execute(text("ANALYZE"))  # PostgreSQL does so by itself, a minute later
+        with self.db.read() as session:
+            own = Job.project_id == self.job["project_id"]
+            middle = session.scalar(select(Job.id).where(own).order_by(Job.seq).offset(upto // 2).limit(1))
+            name = session.scalar(select(Model.name).where(Model.job_id == middle))
+            return str(middle), str(name)
+
+    def _add(self, session: Any, count: int) -> None:
+        from holdtrue.service import ids
+        from holdtrue.service.store.schema import File, Job, JobCheckpoint, JobEvent, JobMetadata, Model
+
+        names = [(number, ids.new("ftjob"), ids.new("ftjob")) for number in range(self.have, self.have + count)]
+        plain = {**self.job, "status": "succeeded", "tagged": True}
+        jobs = []
+        for number, own, other in names:
+            jobs.append({**plain, "id": own, "seq": self.next + 2 * number})
+            jobs.append({**plain, "id": other, "seq": self.next + 2 * number + 1, "project_id": self.neighbor})
+        self._insert(session, Job, jobs)
+        self._insert(session, JobMetadata, [pair for each in names for pair in self._pairs(*each)])
+        told = [{**event, "id": ids.new("ftevent"), "job_id": own} for _, own, _ in names for event in self.events]
+        self._insert(session, JobEvent, told)
+        files = [{**self.file, "id": ids.new("file"), "deleted_at": 1} for _ in names]
+        files += [{**self.file, "id": ids.new("file"), "purpose": "fine-tune-results"} for _ in names]
+        self._insert(session, File, files)
+        model = {
+            "project_id": self.job["project_id"], "kind": "tuned", "status": "ready", "base_model": BASE,
+            "adapter": "t-none", "adapter_digest": "0" * 64, "created_at": 1,
+        }  # fmt: skip
+        models = [{**model, "id": ids.new("model"), "job_id": own, "name": f"ft:{own}"} for _, own, _ in names]
+        self._insert(session, Model, models)
+        checkpoint = {"attempt": 0, "step_number": 1, "name": "c", "metrics": {"step": 1}, "created_at": 1}
+        self._insert(
+            session, JobCheckpoint, [{**checkpoint, "id": ids.new("ftckpt"), "job_id": own} for _, own, _ in names]
+        )
+
+    def _pairs(self, number: int, own: str, other: str) -> Iterator[dict[str, Any]]:
+        seq = self.next + 2 * number
+        found = {"team": f"t{number % 5}", **({"night": "yes"} if number % 2 else {"shift": "day"})}
+        found |= {"first": "yes"} if number < 20 else {}
+        for key, value in found.items():
+            yield {"job_id": own, "project_id": self.job["project_id"], "seq": seq, "key": key, "value": value}
+        yield {"job_id": other, "project_id": self.neighbor, "seq": seq + 1, "key": "elsewhere", "value": "yes"}
+
+
+def growth(sizes: Sequence[int], database: str | None, rounds: int) -> dict[str, Any]:
+    """Return latencies of reads by the number of jobs, how they grow to the most, and which of them too much."""
     import httpx
 
     from holdtrue.service.settings import ServiceSettings
@@ -221,36 +312,43 @@ def growth(sizes: Sequence[int], database: str | None, rounds: int = 60) -> dict
         with service(home, "--role", "api", **environment) as (url, key):
             db = Database(database or ServiceSettings(home=home).database)
             http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60)
-            line = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-            form = {"files": {"file": ("a.jsonl", f"{line}\n" * 10)}, "data": {"purpose": "fine-tune"}}
-            file_id = http.post("/files", **form).raise_for_status().json()["id"]
-            wish = {"model": BASE, "training_file": file_id, "metadata": {"team": "t0"}}
-            template = http.post("/fine_tuning/jobs", json=wish).raise_for_status().json()["id"]
-            http.post(f"/fine_tuning/jobs/{template}/cancel").raise_for_status()
+            filler = Filler(db, make_job(http))
             found: dict[int, dict[str, dict[str, float]]] = {}
             for size in sizes:
-                middle = fill(db, template, size)
+                ways = reads(*filler.fill(size))
                 say(f"{size} jobs")
                 taken: dict[str, list[float]] = collections.defaultdict(list)
-                ways = reads(http, middle)
                 for turn in range(rounds + 5):
                     for name, read in ways.items():
                         begun = time.perf_counter()
-                        read()
+                        read.get(http)
                         if turn >= 5:  # the first warm what is kept
                             taken[name].append(time.perf_counter() - begun)
                 found[size] = {name: spread(each) for name, each in taken.items()}
             db.close()
-            first, last = found[sizes[0]], found[sizes[-1]]
-            return {
-                "database": "SQLite" if database is None else "PostgreSQL",
-                "latency": found,
-                "growth": {name: round(last[name]["p50_ms"] / first[name]["p50_ms"], 2) for name in first},
-            }
+        first, last = found[sizes[0]], found[sizes[-1]]
+        grown = {name: round(last[name]["p50_ms"] / first[name]["p50_ms"], 2) for name in first}
+        return {
+            "database": "SQLite" if database is None else "PostgreSQL",
+            "latency": found,
+            "growth": grown,
+            "too_much": sorted(name for name, times in grown.items() if times > MOST_GROWTH),
+        }
+
+
+def make_job(http: Any) -> str:
+    """Create a job as a customer does, cancel it, and return its id."""
+    line = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    form = {"files": {"file": ("a.jsonl", f"{line}\n" * 10)}, "data": {"purpose": "fine-tune"}}
+    file_id = http.post("/files", **form).raise_for_status().json()["id"]
+    wish = {"model": BASE, "training_file": file_id, "metadata": {"template": "yes"}}
+    job = http.post("/fine_tuning/jobs", json=wish).raise_for_status().json()["id"]
+    http.post(f"/fine_tuning/jobs/{job}/cancel").raise_for_status()
+    return str(job)
 
 
 def main() -> int:
-    """Measure what the command line asks for."""
+    """Measure what the command line asks for; 1 where it is not as it should be."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__)
     ways = parser.add_subparsers(dest="way", required=True)
     loaded = ways.add_parser("load")
@@ -259,10 +357,17 @@ def main() -> int:
     grown = ways.add_parser("growth")
     grown.add_argument("--jobs", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
     grown.add_argument("--database", help="an empty PostgreSQL database's URL; otherwise SQLite")
+    grown.add_argument("--rounds", type=int, default=60, help="how often each read is timed at each size")
     asked = parser.parse_args()
-    document = load(asked.clients, asked.seconds) if asked.way == "load" else growth(sorted(asked.jobs), asked.database)
+    if asked.way == "load":
+        document = load(asked.clients, asked.seconds)
+        refused = all(kind.endswith(": 429") for kind in document["failed"])
+        good = document["job_end"] == "succeeded" and document["events_whole"] and refused
+    else:
+        document = growth(sorted(asked.jobs), asked.database, asked.rounds)
+        good = not document["too_much"]
     print(json.dumps({**document, "machine": machine(), "versions": versions()}, indent=2))
-    return 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -257,25 +257,61 @@ def test_a_port_is_kept_over_a_restart_of_the_api():
         pass
 
 
+STATEMENT = {
+    "subject": [{"name": "ft:m", "digest": {"sha256": "ab" * 32}}],
+    "predicate": {
+        "job": {"id": "ftjob-x", "parent": None},
+        "policy": {"base_model": "smollm2-135m-instruct", "version": 1},
+        "base": {"name": "smollm2-135m-instruct", "revision": "main"},
+        "data": {"train": {"rows": 12, "trained_tokens": 90, "sha256": "ab" * 32}},
+        "training": {"steps": 4},
+        "defenses": [{"name": "kl", "term": None}],
+        "scorecard": {"kl": {"value": 0.1}},
+        "gate": {"outcome": "pass", "decisions": []},
+        "override": None,
+    },
+}
+PAGES = f"""
+import json, re, sys, tempfile
+from pathlib import Path
+from starlette.testclient import TestClient
+from holdtrue.service import serve, supervisor, tenancy
+from holdtrue.service.api.app import create_app
+from holdtrue.service.evidence import signing
+from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store import migrations
+from holdtrue.service.store.schema import GateDecision, Receipt
+
+settings = ServiceSettings(home=Path(tempfile.mkdtemp()))
+app = create_app(settings)
+db = app.state.parts.db
+migrations.upgrade(db)
+key = tenancy.bootstrap(db).key
+client = TestClient(app, headers={{'authorization': f'Bearer {{key}}'}})
+file = client.post('/v1/files', data={{'purpose': 'fine-tune'}}, files={{'file': ('a', b'x')}}).json()['id']
+job = client.post('/v1/fine_tuning/jobs', json={{'model': 'smollm2-135m-instruct', 'training_file': file}}).json()['id']
+common = {{'job_id': job, 'adapter_digest': 'ab' * 32, 'created_at': 1}}
+decision = {{'attempt': 0, 'outcome': 'pass', 'report': {{}}, 'adapter': 'a', 'action': 'release'}}
+with db.write() as session:
+    envelope = signing.sign({STATEMENT!r}, signing.signer_of(settings))
+    session.add(Receipt(id='receipt-' + 'a' * 24, envelope=envelope, **common))
+    session.add(GateDecision(id='gate-' + 'a' * 24, **decision, **common))
+browser = TestClient(app, headers={{'accept': 'text/html'}})
+token = re.findall('name="csrf" value="([^"]+)"', browser.get('/sign-in').text)[0]
+assert browser.post('/sign-in', data={{'csrf': token, 'key': key}}).status_code == 200
+policy = re.findall('/policies/(policy-[^"/?]+)"', browser.get('/policies').text)[0]
+paths = ['', '/events', '/receipt', '/card']
+paths = ['/jobs', *(f'/jobs/{{job}}{{path}}' for path in paths), '/usage', '/keys', '/gate', f'/gate/gate-{{"a" * 24}}']
+for path in [*paths, f'/policies/{{policy}}', f'/v1/holdtrue/jobs/{{job}}/card']:
+    answer = client.get(path) if path.startswith('/v1') else browser.get(path)
+    assert answer.status_code == 200, (path, answer.text)
+heavy = ('torch', 'transformers', 'peft', 'datasets', 'accelerate', 'sklearn')
+print(json.dumps([name for name in heavy if name in sys.modules]))
+"""
+
+
 def test_the_api_process_has_no_torch():
-    script = (
-        "import sys, json\n"
-        "from pathlib import Path\n"
-        "import tempfile\n"
-        "from starlette.testclient import TestClient\n"
-        "from holdtrue.service import tenancy, serve, supervisor\n"
-        "from holdtrue.service.api.app import create_app\n"
-        "from holdtrue.service.settings import ServiceSettings\n"
-        "from holdtrue.service.store import migrations\n"
-        "app = create_app(ServiceSettings(home=Path(tempfile.mkdtemp())))\n"
-        "migrations.upgrade(app.state.parts.db)\n"
-        "key = tenancy.bootstrap(app.state.parts.db).key\n"
-        "client = TestClient(app, headers={'authorization': f'Bearer {key}'})\n"
-        "file = client.post('/v1/files', data={'purpose': 'fine-tune'}, files={'file': ('a', b'x')}).json()['id']\n"
-        "job = {'model': 'smollm2-135m-instruct', 'training_file': file}\n"
-        "assert client.post('/v1/fine_tuning/jobs', json=job).status_code == 200\n"
-        "heavy = ('torch', 'transformers', 'peft', 'datasets', 'accelerate', 'sklearn')\n"
-        "print(json.dumps([name for name in heavy if name in sys.modules]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    """Whatever it was asked for: files and jobs, every page, a receipt and a model card."""
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -42,6 +43,35 @@ def test_the_steps_metrics_go_there_and_nothing_else(house, monkeypatch: pytest.
     assert content.count(b"train_loss") >= 6
     for secret in (b"How do I fix", b"turn it", str(house.folder).encode(), b"probes.jsonl"):
         assert secret not in content
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """Yield the records of W&B's own file: LevelDB's log format, behind seven bytes of a header."""
+    block, header = 32_768, 7
+    place, record = header, b""
+    while place + header <= len(content):
+        if block - place % block < header:  # what is left of a block is too little for a record
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        record += content[place + header : place + header + length]
+        place += header + length
+        if kind in (1, 4):  # whole, or the last piece of one
+            yield record
+            record = b""
+
+
+@pytest.mark.parametrize("name", [None, "first"])
+def test_a_run_without_a_name_is_shown_under_the_jobs_id(house, monkeypatch: pytest.MonkeyPatch, name: str | None):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job_id = house.job(integrations={"wandb": {"project": "p", "name": name}})
+    house.dispatch()
+    assert house.work()
+    (kept,) = (house.settings.home / "work").rglob("run-*.wandb")
+    shown = {Record.FromString(each).run.display_name for each in records(kept.read_bytes())}
+    assert shown - {""} == {name or job_id}
 
 
 def test_where_it_is_not_set_up_the_customer_is_told(house):

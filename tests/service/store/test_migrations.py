@@ -16,7 +16,7 @@ from holdtrue.errors import RunError
 from holdtrue.service import clock, ids, quotas, tenancy
 from holdtrue.service.jobs import leases, lifecycle
 from holdtrue.service.store import migrations
-from holdtrue.service.store.schema import Base, File, Job, JobEvent, Policy, Project
+from holdtrue.service.store.schema import Base, File, Job, JobEvent, JobMetadata, Policy, Project
 
 
 def tables(db) -> set[str]:
@@ -127,7 +127,7 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "next", "0002", None, None
+revision, down_revision, branch_labels, depends_on = "next", "0003", None, None
 
 def upgrade():
     with op.batch_alter_table("jobs") as table:
@@ -167,7 +167,7 @@ def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, lat
     lease = lease_a_job(db)
     before = rows(db)
     later(NEXT)
-    with pytest.raises(RunError, match="revision 0002"):
+    with pytest.raises(RunError, match="revision 0003"):
         migrations.check(db)
     migrations.upgrade(db)
     migrations.check(db)
@@ -176,7 +176,7 @@ def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, lat
         assert session.scalars(text("SELECT priority FROM jobs")).all() == [5]
     assert lease.renew() == "run"
     before = rows(db)
-    migrations.downgrade(db, "0002")
+    migrations.downgrade(db, "0003")
     assert rows(db) == before
     assert lease.renew() == "run"
     with db.engine.connect() as connection:
@@ -205,6 +205,26 @@ def test_stored_bytes_are_counted_up_and_down_with_a_job_in_flight(db):
     assert lease.renew() == "run"
 
 
+def test_metadata_find_their_job_and_project_up_and_down(db):
+    lease = lease_a_job(db)
+    before = rows(db)
+    migrations.downgrade(db, "0002")
+    assert "tagged" not in {column["name"] for column in inspect(db.engine).get_columns("jobs")}
+    assert {column["name"] for column in inspect(db.engine).get_columns("job_metadata")} == {"job_id", "key", "value"}
+    with db.read() as session:
+        assert session.execute(text("SELECT key, value FROM job_metadata")).all() == [("k", "v")]
+    migrations.upgrade(db)
+    assert rows(db) == before
+    assert lease.renew() == "run"
+    with db.read() as session:
+        pair, job = session.scalars(select(JobMetadata)).one(), session.scalars(select(Job)).one()
+        assert (pair.job_id, pair.project_id, pair.seq) == (job.id, job.project_id, job.seq)
+        assert job.tagged
+    with db.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
 @pytest.mark.parametrize("fault", ["raise ValueError", "op.execute('DELETE FROM projects')"])
 def test_a_migration_that_fails_changes_nothing(db, later, fault):
     lease = lease_a_job(db)
@@ -212,7 +232,7 @@ def test_a_migration_that_fails_changes_nothing(db, later, fault):
     later(NEXT.replace("# after", fault))
     with pytest.raises((ValueError, RunError, IntegrityError)):
         migrations.upgrade(db)
-    assert migrations.current(db) == "0002"
+    assert migrations.current(db) == "0003"
     assert rows(db) == before
     assert "priority" not in {column["name"] for column in inspect(db.engine).get_columns("jobs")}
     assert lease.renew() == "run"

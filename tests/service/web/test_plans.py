@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,15 @@ from holdtrue.service import ids, tenancy
 from holdtrue.service.api.app import create_app
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
-from holdtrue.service.store.schema import GateDecision, Job, JobEvent, Policy
+from holdtrue.service.store.schema import ApiKey, GateDecision, Job, JobEvent, Policy, Project
+from holdtrue.service.web.keys import KEYS_A_PAGE, PROJECTS_SHOWN
 from query_plans import plans
 
 from ..api.conftest import BASE
 from .conftest import HTML
 
 MANY = 5000
-PATHS = ["/jobs", "/jobs?after=JOB", "/jobs/JOB", "/jobs/JOB/events", "/gate"]
+PATHS = ["/jobs", "/keys", "/jobs?after=JOB", "/jobs/JOB", "/jobs/JOB/events", "/gate"]
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,31 @@ def test_a_long_training_is_thinned_where_it_lies(client: TestClient):
     assert 100 < len(steps) <= 301
     assert steps == sorted(steps)
     assert steps[-1] == MANY - 1
+
+
+def test_keys_and_projects_are_shown_in_pages(client: TestClient):
+    with client.db.write() as session:  # type: ignore[attr-defined]
+        project = tenancy.project_of(session, None)
+        common = {"role": "member", "scopes": [], "created_at": 5, "shown": "sk-", "project_id": project.id}
+        session.execute(
+            insert(ApiKey),
+            [{**common, "id": ids.new("key"), "name": f"k{n}", "digest": f"{n:064d}"} for n in range(KEYS_A_PAGE)],
+        )
+        organization = project.organization_id
+        more = {"organization_id": organization, "limits": {}, "created_at": 2**40}
+        session.execute(
+            insert(Project), [{**more, "id": ids.new("proj"), "name": f"p{n}"} for n in range(PROJECTS_SHOWN)]
+        )
+    first = client.get("/keys").text
+    assert first.count('/revoke"') == KEYS_A_PAGE
+    assert first.count('<option value="proj-') == PROJECTS_SHOWN
+    assert 'list="projects"' in first
+    (older,) = re.findall(r'rel="next" href="([^"]+)"', first)
+    second = client.get(html.unescape(older)).text
+    assert second.count('/revoke"') == 1
+    assert "Newest keys" in second
+    assert 'rel="next"' not in second
+    shown = [re.findall(r'action="/keys/(key-\w{24})/revoke"', page) for page in (first, second)]
+    assert len({*shown[0], *shown[1]}) == KEYS_A_PAGE + 1
+    for statement, plan in plans(client, html.unescape(older)):
+        assert not [step for step in plan if "TEMP B-TREE" in step], (statement, plan)

@@ -222,7 +222,7 @@ def test_a_strangers_job_is_not_there(server: Server, visit, job_id: str):
     stranger = visit(server.tenant("web-stranger"))
     assert job_id not in stranger.get("/jobs").text
     absent = "ftjob-" + "0" * 24
-    for path in ("", "/events", "/live", "/receipt"):
+    for path in ("", "/events", "/live", "/receipt", "/card"):
         theirs, nothing = (stranger.get(f"/jobs/{each}{path}") for each in (job_id, absent))
         assert theirs.status_code == nothing.status_code == 404
         assert _plain(theirs.text) == _plain(nothing.text).replace(absent, job_id)

@@ -6,14 +6,16 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from pydantic import Field, StrictInt
-from sqlalchemy import or_, select
+from sqlalchemy import and_, or_, select, true
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, auth, clock, ids, quotas, tenancy
 from holdtrue.service.api import schemas
-from holdtrue.service.api.context import Admin, Caller, JobsRead, ModelsRead, PartsDep, Provider
+from holdtrue.service.api.context import Admin, Caller, JobsRead, ModelsRead, Parts, PartsDep, Provider
 from holdtrue.service.api.errors import ApiError, not_found, responses
+from holdtrue.service.api.files import page
 from holdtrue.service.api.jobs import get_job
+from holdtrue.service.api.pages import MOST, After, Limit, take_by_time
 from holdtrue.service.evidence import signing
 from holdtrue.service.evidence.card import model_card
 from holdtrue.service.store.schema import ApiKey, AuditEntry, Job, Model, Organization, Project, Receipt
@@ -181,15 +183,19 @@ def _within(caller: Caller, role: str, scopes: list[Any]) -> None:
 
 @router.get("/keys", responses=responses())
 def list_keys(
-    parts: PartsDep, caller: Admin, project_id: Annotated[str | None, Query(max_length=64, pattern="^[^\0]*$")] = None
+    parts: PartsDep,
+    caller: Admin,
+    project_id: Annotated[str | None, Query(max_length=64, pattern="^[^\0]*$")] = None,
+    after: After = None,
+    limit: Limit = MOST,
 ) -> schemas.Page[Key]:
-    """List a project's keys."""
+    """List a project's keys, the newest first."""
     with parts.db.read() as session:
-        rows = auth.keys_of(session, _project_for(session, caller, project_id))
+        owned = ApiKey.project_id == _project_for(session, caller, project_id)
         if caller.principal.role != "provider":
-            rows = [row for row in rows if row.role != "provider"]
-        items = [Key(**wire_key(row)) for row in rows]
-    return schemas.Page(data=items, first_id=items[0].id if items else None, last_id=items[-1].id if items else None)
+            owned = and_(owned, ApiKey.role != "provider")
+        found = take_by_time(session, ApiKey, select(ApiKey).where(owned), owned=owned, after=after, limit=limit)
+        return page([Key(**wire_key(row)) for row in found.rows], found.more)
 
 
 @router.post("/keys", responses=responses())
@@ -241,11 +247,17 @@ def revoke_key(key_id: str, parts: PartsDep, caller: Admin) -> Key:
 
 
 @router.get("/organizations", responses=responses())
-def list_organizations(parts: PartsDep, caller: Provider) -> schemas.Page[OrganizationAnswer]:
-    """List organizations; for the provider."""
+def list_organizations(
+    parts: PartsDep, caller: Provider, after: After = None, limit: Limit = MOST
+) -> schemas.Page[OrganizationAnswer]:
+    """List organizations, the oldest first; for the provider."""
+    return _list_all(parts, Organization, OrganizationAnswer, after, limit)
+
+
+def _list_all(parts: Parts, table: Any, kind: type[schemas.Answer], after: str | None, limit: int) -> Any:
     with parts.db.read() as session:
-        rows = session.scalars(select(Organization).order_by(Organization.created_at, Organization.id))
-        return schemas.Page(data=[OrganizationAnswer(**_values(row, OrganizationAnswer)) for row in rows])
+        found = take_by_time(session, table, select(table), owned=true(), after=after, limit=limit, order="asc")
+        return page([kind(**_values(row, kind)) for row in found.rows], found.more)
 
 
 @router.post("/organizations", responses=responses())
@@ -259,11 +271,11 @@ def create_organization(body: OrganizationCreate, parts: PartsDep, caller: Provi
 
 
 @router.get("/projects", responses=responses())
-def list_projects(parts: PartsDep, caller: Provider) -> schemas.Page[ProjectAnswer]:
-    """List projects; for the provider."""
-    with parts.db.read() as session:
-        rows = session.scalars(select(Project).order_by(Project.created_at, Project.id))
-        return schemas.Page(data=[ProjectAnswer(**_values(row, ProjectAnswer)) for row in rows])
+def list_projects(
+    parts: PartsDep, caller: Provider, after: After = None, limit: Limit = MOST
+) -> schemas.Page[ProjectAnswer]:
+    """List projects, the oldest first; for the provider."""
+    return _list_all(parts, Project, ProjectAnswer, after, limit)
 
 
 @router.post("/projects", responses=responses())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import traceback
 from typing import Any
 
 import structlog
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from holdtrue.service import ids
 from holdtrue.service.api.errors import Answer, ApiError, translate
 from holdtrue.service.api.metrics import Metrics
+from holdtrue.service.api.telemetry import places
 
 OPENAI_VERSION = "2020-10-01"
 """The version that OpenAI's answers name; clients read it and do nothing with it."""
@@ -84,7 +84,9 @@ class Edge:
         }
         if status >= 500 or (failure is not None and not isinstance(failure, ApiError | ClientDisconnect)):
             # The kind and the place of an exception, and not its text, which may quote what a customer sent.
-            log.error("request_failed", **values, error=type(failure).__name__, at=_place(failure))
+            log.error(
+                "request_failed", **values, error=type(failure).__name__, at=places(failure, 4) if failure else []
+            )
         else:
             log.info("request", **values)
 
@@ -142,9 +144,3 @@ class _Exchange:
             if self.status == 429:
                 headers.setdefault("retry-after", "1")
         await self._send(message)
-
-
-def _place(error: BaseException | None) -> list[str]:
-    """Return where an exception came from: its innermost frames, and none of its values."""
-    frames = traceback.extract_tb(error.__traceback__)[-4:] if error is not None else []
-    return [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames]

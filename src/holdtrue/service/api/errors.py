@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
@@ -107,7 +108,7 @@ def translate(error: Exception) -> ApiError:
             return _of_http(error)
         case SpecError():
             return invalid(str(error))
-        case OperationalError():
+        case OperationalError() | PoolTimeoutError():  # a server that is away, or no connection to be had
             return _unavailable("The service cannot reach its database at the moment")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return _unavailable("The service has no room left at the moment")

@@ -40,11 +40,11 @@ router = APIRouter(tags=["files"])
 
 def visible(project_id: str, now: int) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions under which a file is there for a tenant."""
-    return (
-        File.project_id == project_id,
-        File.deleted_at.is_(None),
-        or_(File.expires_at.is_(None), File.expires_at > now),
-    )
+    return (File.project_id == project_id, *_there(now))
+
+
+def _there(now: int) -> tuple[ColumnElement[bool], ...]:
+    return (File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > now))
 
 
 def get_file(session: Session, project_id: str, file_id: str, *, param: str = "id") -> File:
@@ -167,12 +167,12 @@ def list_files(
     purpose: Annotated[str | None, Query(max_length=40)] = None,
 ) -> schemas.Page[schemas.FileObject]:
     """List files."""
-    query = select(File).where(*visible(caller.project_id, clock.now()))
+    within: list[tuple[Any, Any]] = [(File.project_id, caller.project_id)]
     if purpose is not None:
-        query = query.where(File.purpose == schemas.plain_query(purpose))
-    owned = File.project_id == caller.project_id
+        within.append((File.purpose, schemas.plain_query(purpose)))
     with parts.db.read() as session:
-        found = take(session, File, query, owned=owned, after=after, limit=limit, order=order)
+        there = _there(clock.now())
+        found = take(session, File, *there, within=within, after=after, limit=limit, order=order)
         return page([wire(row) for row in found.rows], found.more)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
-from sqlalchemy import Select, exists, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock, ids, quotas
-from holdtrue.service.api import schemas
+from holdtrue.service.api import metadata, schemas
 from holdtrue.service.api.context import Caller, JobsRead, JobsWrite, PartsDep
 from holdtrue.service.api.errors import invalid, not_found, responses
 from holdtrue.service.api.files import get_file, page
@@ -24,29 +23,9 @@ from holdtrue.service.api.pages import After, take
 from holdtrue.service.jobs import lifecycle
 from holdtrue.service.policy import RefusalError, settle
 from holdtrue.service.policy import store as policies
-from holdtrue.service.store.schema import File, Job, JobCheckpoint, JobEvent, JobMetadata, Model
+from holdtrue.service.store.schema import File, Job, JobCheckpoint, JobEvent, Model
 
 router = APIRouter(tags=["fine-tuning"])
-_FILTER = re.compile(r"metadata\[([^\[\]]{1,64})\]")
-_MOST_FILTERS = 16
-_FEW = 200
-_METADATA_QUERY = {
-    "parameters": [
-        {
-            "name": "metadata",
-            "in": "query",
-            "required": False,
-            "style": "deepObject",
-            "explode": True,
-            "description": "`metadata[key]=value` selects jobs with that pair; `metadata=null` those without any.",
-            "schema": {
-                "type": "object",
-                "additionalProperties": {"type": "string", "maxLength": 512},
-                "maxProperties": _MOST_FILTERS,
-            },
-        }
-    ]
-}
 
 
 def get_job(session: Session, project_id: str, job_id: str, *, lock: bool = False) -> Job:
@@ -60,7 +39,7 @@ def get_job(session: Session, project_id: str, job_id: str, *, lock: bool = Fals
     return row
 
 
-def wire(row: Job, metadata: Mapping[str, str]) -> schemas.FineTuningJob:
+def wire(row: Job, pairs: Mapping[str, str]) -> schemas.FineTuningJob:
     """Return a job as the wire has it."""
     names = ("batch_size", "learning_rate_multiplier", "n_epochs")
     asked, used = row.hyperparameters or {}, row.resolved or {}
@@ -74,22 +53,15 @@ def wire(row: Job, metadata: Mapping[str, str]) -> schemas.FineTuningJob:
             "hyperparameters": numbers,
             "method": {"type": "supervised", "supervised": {"hyperparameters": numbers}},
             "integrations": [{"type": "wandb", "wandb": wandb}] if wandb else None,
-            "metadata": dict(metadata) or None,
+            "metadata": dict(pairs) or None,
             "result_files": [row.result_file] if row.result_file else [],
         }
     )
 
 
-def _metadata(session: Session, job_ids: list[str]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {job_id: {} for job_id in job_ids}
-    if job_ids:
-        for row in session.scalars(select(JobMetadata).where(JobMetadata.job_id.in_(job_ids))):
-            found[row.job_id][row.key] = row.value
-    return {job_id: dict(sorted(pairs.items())) for job_id, pairs in found.items()}
-
-
-def _wire_one(session: Session, row: Job) -> schemas.FineTuningJob:
-    return wire(row, _metadata(session, [row.id])[row.id])
+def wire_one(session: Session, row: Job) -> schemas.FineTuningJob:
+    """Return a job with its metadata as the wire has it."""
+    return wire(row, metadata.of_jobs(session, [row.id])[row.id])
 
 
 @router.post("/v1/fine_tuning/jobs", response_model=schemas.FineTuningJob, responses=responses(409))
@@ -168,7 +140,7 @@ def _create(
     # A tuned model's name has its owner's suffix in it, and the audit log keeps no customer's texts.
     detail = {"model": model.name if model.kind == "base" else model.id, "policy": policy.id}
     audit.add(session, caller.principal.key_id, "job.create", job.id, now=now, detail=detail)
-    return _wire_one(session, job)
+    return wire_one(session, job)
 
 
 def _training_file(session: Session, caller: Caller, file_id: str, param: str) -> File:
@@ -180,7 +152,7 @@ def _training_file(session: Session, caller: Caller, file_id: str, param: str) -
     return row
 
 
-@router.get("/v1/fine_tuning/jobs", responses=responses(), openapi_extra=_METADATA_QUERY)
+@router.get("/v1/fine_tuning/jobs", responses=responses(), openapi_extra=metadata.QUERY)
 def list_jobs(
     request: Request,
     parts: PartsDep,
@@ -189,46 +161,25 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> schemas.Page[schemas.FineTuningJob]:
     """List jobs, the newest first."""
+    wanted = metadata.read(request.query_params)
+    within: list[tuple[Any, Any]] = [
+        (Job.project_id, caller.project_id),
+        *([(Job.tagged, False)] if wanted.none else []),
+    ]
     with parts.db.read() as session:
-        query = _filtered(session, select(Job).where(Job.project_id == caller.project_id), request)
-        found = take(session, Job, query, owned=Job.project_id == caller.project_id, after=after, limit=limit)
-        pairs = _metadata(session, [row.id for row in found.rows])
+        if wanted.pairs:
+            found = metadata.take(session, caller.project_id, wanted.pairs, after=after, limit=limit)
+        else:
+            found = take(session, Job, within=within, after=after, limit=limit)
+        pairs = metadata.of_jobs(session, [row.id for row in found.rows])
         return page([wire(row, pairs[row.id]) for row in found.rows], found.more)
-
-
-def _filtered(session: Session, query: Select[Any], request: Request) -> Select[Any]:
-    filters: dict[str, str] = {}
-    without = False
-    for name, value in request.query_params.multi_items():
-        if name == "metadata":
-            if value not in ("null", "", "{}"):
-                raise invalid("metadata must be metadata[key]=value, or metadata=null", "metadata")
-            without = value == "null"
-        elif name.startswith("metadata["):
-            match = _FILTER.fullmatch(name)
-            if match is None or len(value) > 512 or match[1] in filters or len(filters) == _MOST_FILTERS:
-                raise invalid("metadata filters are metadata[key]=value, each key once, at most 16", "metadata")
-            filters[match[1]] = value
-    if without and filters:
-        raise invalid("metadata=null and metadata[key]=value exclude each other", "metadata")
-    if without:
-        return query.where(~exists().where(JobMetadata.job_id == Job.id))
-    for key, value in filters.items():
-        key, value = schemas.plain_query(key), schemas.plain_query(value)
-        pair = (JobMetadata.key == key, JobMetadata.value == value)
-        few = session.scalars(select(JobMetadata.job_id).where(*pair).limit(_FEW + 1)).all()
-        # A rare pair is looked up from its own side; a common one is met soon on the way through the newest jobs.
-        common = len(few) > _FEW
-        rare = Job.id.in_(few or [""])  # no job has that id: an empty list would be a scan
-        query = query.where(exists().where(JobMetadata.job_id == Job.id, *pair) if common else rare)
-    return query
 
 
 @router.get("/v1/fine_tuning/jobs/{fine_tuning_job_id}", responses=responses())
 def retrieve_job(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> schemas.FineTuningJob:
     """Return what is known of a job."""
     with parts.db.read() as session:
-        return _wire_one(session, get_job(session, caller.project_id, fine_tuning_job_id))
+        return wire_one(session, get_job(session, caller.project_id, fine_tuning_job_id))
 
 
 def _request(job_id: str, wanted: str, action: str, parts: Any, caller: Caller) -> schemas.FineTuningJob:
@@ -239,7 +190,7 @@ def _request(job_id: str, wanted: str, action: str, parts: Any, caller: Caller) 
         except lifecycle.TransitionError as error:
             raise invalid(str(error), "fine_tuning_job_id", "invalid_state") from None
         audit.add(session, caller.principal.key_id, action, job.id, now=clock.now())
-        return _wire_one(session, job)
+        return wire_one(session, job)
 
 
 @router.post("/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", responses=responses(409))
@@ -271,8 +222,7 @@ def list_events(
     """List a job's events, the newest first."""
     with parts.db.read() as session:
         job = get_job(session, caller.project_id, fine_tuning_job_id)
-        owned = JobEvent.job_id == job.id
-        found = take(session, JobEvent, select(JobEvent).where(owned), owned=owned, after=after, limit=limit)
+        found = take(session, JobEvent, within=[(JobEvent.job_id, job.id)], after=after, limit=limit)
         names = ("id", "created_at", "level", "message", "type")
         items = [
             schemas.JobEvent.model_validate({**{name: getattr(row, name) for name in names}, "data": finite(row.data)})
@@ -301,21 +251,27 @@ def list_checkpoints(
     """List a job's checkpoints, the newest first."""
     with parts.db.read() as session:
         job = get_job(session, caller.project_id, fine_tuning_job_id)
-        owned = JobCheckpoint.job_id == job.id
-        found = take(session, JobCheckpoint, select(JobCheckpoint).where(owned), owned=owned, after=after, limit=limit)
-        wanted = [row.model_id for row in found.rows if row.model_id is not None]
-        query = select(Model.id).where(Model.id.in_(wanted), Model.status == "ready")
-        ready = set(session.scalars(query)) if wanted else set()
-        items = [
-            schemas.JobCheckpoint(
-                id=row.id,
-                created_at=row.created_at,
-                fine_tuned_model_checkpoint=row.name,
-                fine_tuning_job_id=job.id,
-                metrics=schemas.CheckpointMetrics.model_validate(finite(row.metrics)),
-                step_number=row.step_number,
-                usable=row.model_id in ready,
-            )
-            for row in found.rows
-        ]
-        return page(items, found.more)
+        return checkpoints(session, job, after=after, limit=limit)
+
+
+def checkpoints(
+    session: Session, job: Job, *, after: str | None = None, limit: int
+) -> schemas.Page[schemas.JobCheckpoint]:
+    """Return a page of a job's checkpoints, the newest first."""
+    found = take(session, JobCheckpoint, within=[(JobCheckpoint.job_id, job.id)], after=after, limit=limit)
+    wanted = [row.model_id for row in found.rows if row.model_id is not None]
+    query = select(Model.id).where(Model.id.in_(wanted), Model.status == "ready")
+    ready = set(session.scalars(query)) if wanted else set()
+    items = [
+        schemas.JobCheckpoint(
+            id=row.id,
+            created_at=row.created_at,
+            fine_tuned_model_checkpoint=row.name,
+            fine_tuning_job_id=job.id,
+            metrics=schemas.CheckpointMetrics.model_validate(finite(row.metrics)),
+            step_number=row.step_number,
+            usable=row.model_id in ready,
+        )
+        for row in found.rows
+    ]
+    return page(items, found.more)

@@ -15,6 +15,7 @@ from holdtrue.service.api.errors import ApiError, not_found, responses
 from holdtrue.service.api.pages import After
 from holdtrue.service.quotas import ACTIVE
 from holdtrue.service.store.schema import Job, Model, Organization, Project
+from holdtrue.service.store.walk import walk
 
 LONGEST = 300
 router = APIRouter(tags=["models"])
@@ -64,8 +65,7 @@ def list_models(
     with parts.db.read() as session:
         owner = _owner(session, caller.project_id)
         base = select(Model).where(Model.project_id.is_(None), Model.status == "ready").order_by(Model.seq)
-        own = select(Model).where(Model.project_id == caller.project_id, Model.status == "ready")
-        items = []
+        items, behind = [], None
         if after is None:
             items = [_wire(row, None) for row in session.scalars(base)]
         else:
@@ -73,8 +73,10 @@ def list_models(
             last = session.scalar(select(Model).where(named, Model.project_id == caller.project_id))
             if last is None:
                 raise not_found("model to go on after:", after, param="after")
-            own = own.where(Model.seq < last.seq)
-        rows = session.scalars(own.order_by(Model.seq.desc()).limit(limit + 1)).all()
+            behind = last.seq
+        within = [(Model.project_id, caller.project_id), (Model.status, "ready")]
+        own = walk(session, select(Model), within, Model.seq, behind=behind)
+        rows = session.scalars(own.limit(limit + 1)).all()
         items += [_wire(row, owner) for row in rows[:limit]]
         first, last_id = (items[0].id, items[-1].id) if items else (None, None)
         return schemas.Page(data=items, first_id=first, last_id=last_id, has_more=len(rows) > limit)

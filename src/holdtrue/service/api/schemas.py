@@ -231,6 +231,8 @@ class MethodAnswer(Answer):
     """How a job tunes."""
 
     type: Literal["supervised"] = "supervised"
+    dpo: None = None
+    reinforcement: None = None
     supervised: SupervisedAnswer
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from importlib.metadata import entry_points
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
@@ -13,6 +15,8 @@ from fastapi import FastAPI
 from holdtrue.errors import SpecError
 
 _ASKED = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_MOST_FRAMES = 20
+_MOST_CAUSES = 5
 
 
 def set_up_logs() -> None:
@@ -23,6 +27,7 @@ def set_up_logs() -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            exception_places,
             # Both escape line breaks and control characters: no value can look like another line.
             structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
         ],
@@ -33,15 +38,56 @@ def set_up_logs() -> None:
     logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
 
 
+def exception_places(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Put an exception's type and the places that it passed in the place of itself, for each that led to it as well.
+
+    Neither its text nor any value is told: both may quote what a customer sent, or hold a secret.
+    """
+    error = _exception(event.pop("exc_info", None))
+    event.pop("stack_info", None)
+    if error is None:
+        return event
+    event["error"], event["places"] = type(error).__name__, places(error)
+    causes = _causes(error)
+    if causes:
+        event["causes"] = [{"error": type(each).__name__, "places": places(each)} for each in causes]
+    return event
+
+
+def _exception(told: Any) -> BaseException | None:
+    """Return the exception that a logger was told of, in any of the ways in which it can be."""
+    if isinstance(told, tuple):
+        told = told[1]
+    elif told and not isinstance(told, BaseException):
+        told = sys.exc_info()[1]
+    return told if isinstance(told, BaseException) else None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    while len(found) < _MOST_CAUSES:
+        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if cause is None:
+            break
+        found.append(cause)
+        error = cause
+    return found
+
+
+def places(error: BaseException, most: int = _MOST_FRAMES) -> list[str]:
+    """Return where an exception came from as ``file:line:function``, the innermost last, and none of its values."""
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][-most:]
+    return [f"{code.co_filename.rpartition('/')[2]}:{line}:{code.co_name}" for code, line in frames]
+
+
 class _Libraries(logging.Handler):
     """What libraries warn of: which one, where, and its text before any value was put into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "error" if record.levelno >= logging.ERROR else "warning"
-        kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         where = f"{record.filename}:{record.lineno}"
         getattr(structlog.get_logger(record.name), level)(
-            "library", template=str(record.msg)[:200], at=where, error=kind
+            "library", template=str(record.msg)[:200], at=where, error=None, exc_info=record.exc_info
         )
 
 

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import HoldtrueError
@@ -19,6 +19,7 @@ from holdtrue.service import clock
 from holdtrue.service.jobs import events, lifecycle
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import Job
+from holdtrue.service.store.walk import walk
 
 MOST_TRIES = 8
 """Leases that may be lost to dying workers before a job is given up."""
@@ -88,22 +89,14 @@ class Lease:
 
 
 def take(db: Database, owner: str, seconds: float) -> Lease | None:
-    """Take the oldest job that waits, or whose worker has been silent too long; ``None`` where there is none.
+    """Take the oldest job whose worker has been silent too long, or else that waits; ``None`` where there is none.
 
     Of any number who call this at once, one gets a job.
     """
     while True:
         with db.write() as session:
             now = clock.shared(session)
-            over = or_(Job.lease_until < now, Job.lease_until > now + _STEP * seconds)
-            silent = and_(Job.status == "running", Job.held.is_(False), over)
-            job = session.scalar(
-                select(Job)
-                .where(or_(Job.status == "queued", silent))
-                .order_by(Job.seq)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-            )
+            job = _next(session, now, seconds)
             if job is None:
                 return None
             if job.status == "running":
@@ -120,6 +113,18 @@ def take(db: Database, owner: str, seconds: float) -> Lease | None:
             job.tries += 1
             job.lease_owner, job.lease_until = owner, now + seconds
             return Lease(db, job.id, owner, job.fence, seconds)
+
+
+def _next(session: Session, now: float, seconds: float) -> Job | None:
+    """Two questions, since an index answers each without a look at what has ended or waits behind."""
+    over = or_(Job.lease_until < now, Job.lease_until > now + _STEP * seconds)
+    silent = select(Job).where(Job.held.is_(False), over)
+    for status, query in (("running", silent), ("queued", select(Job))):
+        oldest = walk(session, query, [(Job.status, status)], Job.seq, down=False).limit(1)
+        job = session.scalar(oldest.with_for_update(skip_locked=True))
+        if job is not None:
+            return job
+    return None
 
 
 def _give_up(session: Session, job: Job) -> None:

@@ -39,11 +39,13 @@ def create(session: Session, *, metadata: Mapping[str, str] | None = None, **val
         attempt=0,
         tries=0,
         fence=0,
+        tagged=bool(metadata),
         **values,
     )
     session.add(job)
     session.flush()
-    session.add_all(JobMetadata(job_id=job.id, key=key, value=value) for key, value in (metadata or {}).items())
+    of_job = {"job_id": job.id, "project_id": job.project_id, "seq": job.seq}
+    session.add_all(JobMetadata(**of_job, key=key, value=value) for key, value in (metadata or {}).items())
     events.add(session, job, f"Created fine-tuning job: {job.id}")
     events.add(session, job, "Validating the files")
     return job

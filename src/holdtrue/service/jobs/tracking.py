@@ -26,7 +26,7 @@ class Tracker:
 
     Args:
         wanted: ``project``, and ``entity``, ``name`` and ``tags`` or ``None``: a job's integration.
-        run_id: names the run at W&B.
+        run_id: names the run at W&B: the job's id, a dash, and the attempt. A run without a name shows the job's.
         folder: for W&B's own files.
 
     Raises:
@@ -49,7 +49,7 @@ class Tracker:
             self._run = wandb.init(
                 project=wanted["project"],
                 entity=wanted.get("entity"),
-                name=wanted.get("name"),
+                name=wanted.get("name") or run_id.rpartition("-")[0],
                 tags=wanted.get("tags"),
                 id=run_id,
                 resume="allow",

@@ -15,6 +15,9 @@ from holdtrue.errors import SpecError
 
 BUSY_SECONDS = 30.0
 """How long a writer of SQLite waits for the one before it."""
+CONNECTIONS = 40
+"""As many as an API process has threads, which anyio limits to so many: a request has one at a time, and none waits."""
+_KEPT = 10
 
 
 class Database:
@@ -23,10 +26,11 @@ class Database:
     def __init__(self, url: str, **options: Any) -> None:
         """Open the database; ``SpecError`` for anything but SQLite and PostgreSQL."""
         self.url = _with_driver(url)
+        pool = {"pool_size": _KEPT, "max_overflow": CONNECTIONS - _KEPT}
         if self.url.get_backend_name() == "sqlite":
-            options = {"connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}, **options}
+            options = {"connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool, **options}
         else:
-            options = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 20, **options}
+            options = {"pool_pre_ping": True, **pool, **options}
         self.engine: Engine = create_engine(self.url, json_serializer=_to_json, **options)
         if self.is_sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)

@@ -117,6 +117,7 @@ def _jobs(session: Session, project_id: str, gone: set[str | None]) -> int:
     rows = session.scalars(select(Job).where(Job.project_id == project_id)).all()
     for row in rows:
         row.model, row.suffix, row.integrations, row.fine_tuned_model = row.base_model, None, None, None
+        row.tagged = False
         if row.error is not None:
             row.error = {"code": row.error.get("code"), "message": "erased", "param": row.error.get("param")}
     return len(rows)

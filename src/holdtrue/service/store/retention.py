@@ -63,7 +63,7 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
     gone: list[str] = []
     with db.write() as session:
         swept = Swept(
-            files=_expire_files(session, now, gone) + _finish_deletions(session, gone),
+            files=_expire_files(session, now, gone) + _finish_deletions(session, now, gone),
             uploads=_close_uploads(session, now, gone),
             models=_forget_models(session, gone),
             states=_forget_states(session, gone),
@@ -83,7 +83,7 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
 def _expire_files(session: Session, now: int, gone: list[str]) -> int:
     needed = exists().where(Job.status.in_(_ACTIVE), or_(Job.training_file == File.id, Job.validation_file == File.id))
     query = select(File).where(File.expires_at <= now, File.deleted_at.is_(None), ~needed)
-    rows = session.scalars(query.order_by(File.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
+    rows = session.scalars(query.order_by(File.expires_at).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [row.blob] if row.blob else []
         row.blob, row.deleted_at, row.filename = None, now, ""
@@ -92,10 +92,10 @@ def _expire_files(session: Session, now: int, gone: list[str]) -> int:
     return len(rows)
 
 
-def _finish_deletions(session: Session, gone: list[str]) -> int:
+def _finish_deletions(session: Session, now: int, gone: list[str]) -> int:
     """Take what deleted files still name: whoever deleted them died before the content was gone."""
-    query = select(File).where(File.deleted_at.is_not(None), File.blob.is_not(None))
-    rows = session.scalars(query.order_by(File.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
+    query = select(File).where(File.deleted_at <= now, File.blob.is_not(None))
+    rows = session.scalars(query.order_by(File.deleted_at).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [row.blob] if row.blob else []
         row.blob = None
@@ -105,12 +105,13 @@ def _finish_deletions(session: Session, gone: list[str]) -> int:
 def _close_uploads(session: Session, now: int, gone: list[str]) -> int:
     """Expire uploads, and take the parts of those that are pending no more."""
     query = select(Upload).where(Upload.expires_at <= now, Upload.status == "pending")
-    rows = session.scalars(query.order_by(Upload.id).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
+    rows = session.scalars(query.order_by(Upload.expires_at).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
     for row in rows:
         row.status, row.filename = "expired", ""
     session.flush()
-    closed = select(Upload.id).where(Upload.status != "pending")
-    parts = select(UploadPart.id).where(UploadPart.upload_id.in_(closed)).order_by(UploadPart.id).limit(_AT_ONCE)
+    # Parts are few, those of uploads that are under way; uploads are many.
+    status = select(Upload.status).where(Upload.id == UploadPart.upload_id).scalar_subquery()
+    parts = select(UploadPart.id).where(status != "pending").order_by(UploadPart.id).limit(_AT_ONCE)
     taken = delete(UploadPart).where(UploadPart.id.in_(session.scalars(parts).all())).returning(UploadPart.blob)
     gone += session.scalars(taken).all()
     return len(rows)
@@ -129,9 +130,10 @@ def _forget_models(session: Session, gone: list[str]) -> int:
 
 def _forget_states(session: Session, gone: list[str]) -> int:
     """Take what jobs that have ended would have gone on from: their encoded rows are among it."""
-    query = select(JobState).join(Job, Job.id == JobState.job_id).where(Job.status.in_(ENDED))
-    locked = query.order_by(JobState.job_id).limit(_AT_ONCE).with_for_update(of=JobState, skip_locked=True)
-    rows = session.scalars(locked).all()
+    # States are few, those of jobs that are under way; jobs are many.
+    status = select(Job.status).where(Job.id == JobState.job_id).scalar_subquery()
+    query = select(JobState).where(status.in_(ENDED)).order_by(JobState.job_id).limit(_AT_ONCE)
+    rows = session.scalars(query.with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [key for key in (row.rest, row.rows) if key is not None]
         session.delete(row)

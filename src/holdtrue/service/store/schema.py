@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -29,6 +30,11 @@ BigKey = BigInteger().with_variant(Integer, "sqlite")
 
 JOB_STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 ENDED = ("succeeded", "failed", "cancelled")
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """Return what keeps rows out of an index that do not meet a condition; queries name the condition as well."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
 
 
 class Base(DeclarativeBase):
@@ -50,6 +56,7 @@ class Organization(Base):
     """A customer. ``slug`` stands in the names of its models."""
 
     __tablename__ = "organizations"
+    __table_args__ = (Index("ix_organizations_page", "created_at", "id"),)
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
     slug: Mapped[str] = mapped_column(String(40), unique=True)
@@ -63,6 +70,7 @@ class Project(Base):
     """
 
     __tablename__ = "projects"
+    __table_args__ = (Index("ix_projects_page", "created_at", "id"),)
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     organization_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"), index=True)
     name: Mapped[str] = mapped_column(String(200))
@@ -75,8 +83,9 @@ class ApiKey(Base):
     """A key: its hash, never itself. ``role``: ``member``, ``admin`` of the project, or ``provider`` of the service."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (Index("ix_api_keys_page", "project_id", "created_at", "id"),)
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str] = mapped_column(String(200))
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     shown: Mapped[str] = mapped_column(String(20))  # the first and last letters, to tell keys apart
@@ -96,14 +105,20 @@ class WebSession(Base):
     key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), index=True)
     csrf: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[int] = mapped_column(BigInteger)
-    expires_at: Mapped[int] = mapped_column(BigInteger)
+    expires_at: Mapped[int] = mapped_column(BigInteger, index=True)
 
 
 class File(Base):
     """A customer's file or a job's results. ``blob`` is its place in the object store, ``None`` once deleted."""
 
     __tablename__ = "files"
-    __table_args__ = (Index("ix_files_page", "project_id", "seq"),)
+    __table_args__ = (
+        Index("ix_files_page", "project_id", "seq", **_where("deleted_at IS NULL")),
+        Index("ix_files_purpose", "project_id", "purpose", "seq", **_where("deleted_at IS NULL")),
+        Index("ix_files_blob", "blob", **_where("blob IS NOT NULL")),
+        Index("ix_files_expires_at", "expires_at", **_where("deleted_at IS NULL")),
+        Index("ix_files_unfinished", "deleted_at", **_where("deleted_at IS NOT NULL AND blob IS NOT NULL")),
+    )
     seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -115,7 +130,7 @@ class File(Base):
     status: Mapped[str] = mapped_column(String(20), default="processed")
     status_details: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[int] = mapped_column(BigInteger)
-    expires_at: Mapped[int | None] = mapped_column(BigInteger, index=True)
+    expires_at: Mapped[int | None] = mapped_column(BigInteger)
     deleted_at: Mapped[int | None] = mapped_column(BigInteger)
 
 
@@ -123,6 +138,7 @@ class Upload(Base):
     """A file that comes in parts."""
 
     __tablename__ = "uploads"
+    __table_args__ = (Index("ix_uploads_open", "status", "expires_at"),)
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     filename: Mapped[str] = mapped_column(String(512))
@@ -133,7 +149,7 @@ class Upload(Base):
     file_id: Mapped[str | None] = mapped_column(String(64))
     file_expires_after: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[int] = mapped_column(BigInteger)
-    expires_at: Mapped[int] = mapped_column(BigInteger, index=True)
+    expires_at: Mapped[int] = mapped_column(BigInteger)
 
 
 class UploadPart(Base):
@@ -178,14 +194,15 @@ class Job(Base):
     ``status`` is one of ``JOB_STATUSES``; ``wanted`` is what the customer last asked for (``run``, ``pause``,
     ``cancel``), acted on by whoever holds the job. ``fence`` grows with each lease; a write that names an older one
     changes nothing. ``attempt`` counts trainings under a policy that retrains stronger after a failed gate.
-    ``held`` is set while a person's decision is waited for.
+    ``held`` is set while a person's decision is waited for, ``tagged`` where the job has metadata.
     """
 
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_page", "project_id", "seq"),
         Index("ix_jobs_active", "project_id", "status"),
-        Index("ix_jobs_ready", "status", "lease_until", "seq"),
+        Index("ix_jobs_tagged", "project_id", "tagged", "seq"),
+        Index("ix_jobs_ready", "status", "seq"),
         CheckConstraint(f"status IN {JOB_STATUSES}", name="status"),
         CheckConstraint("wanted IN ('run', 'pause', 'cancel')", name="wanted"),
     )
@@ -209,6 +226,7 @@ class Job(Base):
     stage: Mapped[str | None] = mapped_column(String(40))
     wanted: Mapped[str] = mapped_column(String(10), default="run")
     held: Mapped[bool] = mapped_column(default=False)
+    tagged: Mapped[bool] = mapped_column(default=False, server_default=false())
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     tries: Mapped[int] = mapped_column(Integer, default=0)  # leases taken; too many deaths fail the job
     error: Mapped[dict[str, Any] | None]
@@ -225,13 +243,18 @@ class Job(Base):
 
 
 class JobMetadata(Base):
-    """A job's metadata, one pair a row, so that lists can be filtered by an index."""
+    """A job's metadata, one pair a row, so that lists can be filtered by an index.
+
+    ``project_id`` and ``seq`` are the job's: the index has the jobs of one project with a pair in the order of a page.
+    """
 
     __tablename__ = "job_metadata"
-    __table_args__ = (Index("ix_job_metadata_pair", "key", "value"),)
+    __table_args__ = (Index("ix_job_metadata_pair", "project_id", "key", "value", "seq"),)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     value: Mapped[str] = mapped_column(String(512))
+    project_id: Mapped[str] = mapped_column(String(64))
+    seq: Mapped[int] = mapped_column(BigInteger)
 
 
 class JobEvent(Base):
@@ -292,6 +315,7 @@ class Model(Base):
         CheckConstraint("status IN ('ready', 'blocked', 'held', 'deleted')", name="status"),
         CheckConstraint("kind IN ('base', 'tuned', 'checkpoint')", name="kind"),
         Index("ix_models_page", "project_id", "status", "seq"),
+        Index("ix_models_adapters", "status", "seq", **_where("adapter IS NOT NULL")),
     )
     seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)

@@ -41,9 +41,9 @@ Place = Literal["done", "current", "stopped", "ahead"]
 @router.get("/jobs")
 def list_jobs(request: Request, parts: PartsDep, caller: JobsRead, after: After = None) -> Response:
     """List the project's jobs, the newest first."""
-    owned = Job.project_id == caller.project_id
+    own = [(Job.project_id, caller.project_id)]
     with parts.db.read() as session:
-        found = take(session, Job, select(Job).where(owned), owned=owned, after=after, limit=JOBS_A_PAGE)
+        found = take(session, Job, within=own, after=after, limit=JOBS_A_PAGE)
         return render(request, "jobs.html.j2", jobs=found.rows, more=found.more, after=after)
 
 
@@ -52,10 +52,10 @@ def show_job(fine_tuning_job_id: str, request: Request, parts: PartsDep, caller:
     """Show a job."""
     with parts.db.read() as session:
         job = api.get_job(session, caller.project_id, fine_tuning_job_id)
-        return render(request, "job.html.j2", **_values(session, parts, caller, job))
+        return render(request, "job.html.j2", **_values(session, caller, job))
 
 
-def _values(session: Session, parts: Any, caller: Caller, job: Job) -> dict[str, Any]:
+def _values(session: Session, caller: Caller, job: Job) -> dict[str, Any]:
     newest = session.scalars(
         select(JobEvent.seq).where(JobEvent.job_id == job.id).order_by(JobEvent.seq.desc()).limit(1)
     )
@@ -64,7 +64,7 @@ def _values(session: Session, parts: Any, caller: Caller, job: Job) -> dict[str,
     points = curves(session, job)
     return {
         "job": job,
-        "wire": api.retrieve_job(job.id, parts, caller),
+        "wire": api.wire_one(session, job),
         "ended": job.status in ENDED,
         "stages": stages(job, _has(policy, "screen")),
         "policy": policy,
@@ -73,12 +73,10 @@ def _values(session: Session, parts: Any, caller: Caller, job: Job) -> dict[str,
         "verdicts": _verdicts(session, caller, job, policy),
         "receipt": row,
         "evidence": evidence(row) if row is not None else None,
-        "checkpoints": api.list_checkpoints(job.id, parts, caller, after=None, limit=100).data,
+        "checkpoints": api.checkpoints(session, job, limit=100).data,
         "events": _events(session, job),
         "last": next(iter(newest), 0),
-        "files": {
-            name: session.scalar(_file(caller, getattr(job, name))) for name in ("training_file", "validation_file")
-        },
+        "files": {name: _file(session, caller, getattr(job, name)) for name in ("training_file", "validation_file")},
         "may_write": caller.principal.may("fine_tuning.write"),
     }
 
@@ -105,8 +103,10 @@ def _events(session: Session, job: Job) -> list[JobEvent]:
     return list(reversed(session.scalars(query.order_by(JobEvent.seq.desc()).limit(EVENTS_SHOWN)).all()))
 
 
-def _file(caller: Caller, file_id: str | None) -> Any:
-    return select(File).where(File.id == file_id, File.project_id == caller.project_id)
+def _file(session: Session, caller: Caller, file_id: str | None) -> File | None:
+    if file_id is None:
+        return None
+    return session.scalar(select(File).where(File.id == file_id, File.project_id == caller.project_id))
 
 
 def stages(job: Job, screened: bool) -> list[tuple[str, Place]]:

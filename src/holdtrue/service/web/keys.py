@@ -14,11 +14,14 @@ from holdtrue.service import auth, clock
 from holdtrue.service.api import admin
 from holdtrue.service.api.context import Admin, Caller, ModelsRead, Parts, PartsDep
 from holdtrue.service.api.errors import ApiError
+from holdtrue.service.api.pages import After
 from holdtrue.service.store.schema import Project
 from holdtrue.service.web.pages import redirect, render
 from holdtrue.service.web.visitor import Form, Sent, field
 
 router = APIRouter()
+KEYS_A_PAGE = 100
+PROJECTS_SHOWN = 200
 ENDS = {"": "Never", "2592000": "In 30 days", "7776000": "In 90 days", "31536000": "In a year"}
 SCOPES = {
     "files.read": "Read files",
@@ -38,21 +41,35 @@ def list_keys(
     parts: PartsDep,
     caller: Admin,
     project: Annotated[str, Query(max_length=64, pattern="^[^\0]*$")] = "",
+    after: After = None,
 ) -> Response:
-    """List a project's keys, with a form for another."""
-    return _page(request, parts, caller, project or caller.project_id)
+    """List a project's keys, the newest first, with a form for another."""
+    return _page(request, parts, caller, project or caller.project_id, after=after)
 
 
-def _page(request: Request, parts: Parts, caller: Caller, project: str, status: int = 200, **more: Any) -> Response:
-    found = admin.list_keys(parts, caller, project).data
+def _page(
+    request: Request,
+    parts: Parts,
+    caller: Caller,
+    project: str,
+    status: int = 200,
+    *,
+    after: str | None = None,
+    **more: Any,
+) -> Response:
+    found = admin.list_keys(parts, caller, project, after, KEYS_A_PAGE)
     provider = caller.principal.role == "provider"
     with parts.db.read() as session:
-        projects = session.scalars(select(Project).order_by(Project.created_at, Project.id)).all() if provider else []
+        query = select(Project).order_by(Project.created_at, Project.id).limit(PROJECTS_SHOWN + 1)
+        projects = session.scalars(query).all() if provider else []
     values = {
-        "keys": found,
-        "ended": {key.id for key in found if _has_ended(key)},
+        "keys": found.data,
+        "more": found.has_more,
+        "after": after,
+        "ended": {key.id for key in found.data if _has_ended(key)},
         "project": project,
-        "projects": projects,
+        "projects": projects[:PROJECTS_SHOWN],
+        "many": len(projects) > PROJECTS_SHOWN,
         "roles": [role for role in auth.ROLES if provider or role != "provider"],
         "scopes": {name: text for name, text in SCOPES.items() if name in caller.principal.scopes},
         "ends": ENDS,
