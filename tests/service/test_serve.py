@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -64,6 +65,32 @@ def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path):
             assert process.wait(30) == 0
     assert len(keys) == 1
     assert len(keys[0]) == 51
+
+
+@pytest.mark.parametrize("role", ["dispatcher", "worker"])
+def test_a_role_that_starts_first_leaves_the_key_to_one_that_prints_it(tmp_path: Path, role: str):
+    def start(role: str, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "holdtrue.cli.main", "serve", "--role", role, "--home", tmp_path / "h"]
+        return subprocess.Popen([*command, *options], stdout=(tmp_path / role).open("wb"), stderr=subprocess.DEVNULL)
+
+    def ready() -> bool:
+        if not (tmp_path / "h" / "service.db").exists():
+            return False
+        with sqlite3.connect(tmp_path / "h" / "service.db") as database:
+            tables = database.execute("SELECT name FROM sqlite_master WHERE name = 'alembic_version'").fetchall()
+        return bool(tables) and (tmp_path / "h" / "blobs").exists()
+
+    first, api = start(role), None
+    try:
+        until(ready)
+        api = start("api", "--port", "0")
+        until(lambda: b"sk-" in (tmp_path / "api").read_bytes())
+        assert b"sk-" not in (tmp_path / role).read_bytes()
+    finally:
+        for process in (first, api):
+            if process is not None:
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(30) == 0
 
 
 def test_an_open_address_wants_a_word_on_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, SecretStr
 
 from holdtrue.errors import RunError, SpecError
 from holdtrue.service import tenancy
+from holdtrue.service.policy import store as policies
 from holdtrue.service.settings import Role, ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
@@ -42,11 +43,11 @@ def serve(settings: ServiceSettings, role: Role = "all", announce: Callable[[str
     settings.home.mkdir(parents=True, exist_ok=True)
     settings.home.chmod(0o700)
     if role not in ("all", "api"):
-        _prepare(settings)
+        _prepare(settings, prints=False)
         run_role(settings, role)
         return
     with listen(settings.host, settings.port) as sock:
-        key = _prepare(settings)
+        key = _prepare(settings, prints=True)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         announce(f"holdtrue serves http://{host}:{sock.getsockname()[1]}/v1")
         if key is not None:
@@ -78,11 +79,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise RunError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from None
 
 
-def _prepare(settings: ServiceSettings) -> str | None:
+def _prepare(settings: ServiceSettings, *, prints: bool) -> str | None:
+    """Bring the database up to this version; the first key is made by a role that prints it, and is returned."""
     db = Database(settings.database)
     try:
         migrations.upgrade(db)
-        return tenancy.bootstrap(db).key
+        policies.keep_meanings(db)
+        return tenancy.bootstrap(db).key if prints else None
     finally:
         db.close()
 
