@@ -22,7 +22,8 @@ from holdtrue.service.store.schema import Job
 
 MOST_TRIES = 8
 """Leases that may be lost to dying workers before a job is given up."""
-
+LONGEST_WAIT = 300.0
+"""Seconds for which a job that was given back may be left alone."""
 
 _STEP = 10
 """A lease with so many times its length to go was taken before the clock was set back, and is void."""
@@ -77,11 +78,18 @@ class Lease:
                 raise self._lost()
             yield session, job
 
-    def release(self, message: str = "The worker stopped; the job goes on with another") -> None:
-        """Give the job back unfinished, for anybody to take; that is no death. Nothing happens if it was lost."""
+    def release(self, message: str = "The worker stopped; the job goes on with another", after: float = 0) -> None:
+        """Give the job back unfinished, for anybody to take; that is no death. Nothing happens if it was lost.
+
+        Args:
+            message: of the event.
+            after: seconds for which nobody takes it, at most ``LONGEST_WAIT``.
+        """
         with contextlib.suppress(LeaseLostError), self.write() as (session, job):
             job.tries -= 1
             lifecycle.move(session, job, "queued", message)
+            if after > 0:
+                job.lease_until = clock.shared(session) + min(after, LONGEST_WAIT)
 
     def _lost(self) -> LeaseLostError:
         return LeaseLostError(f"{self.owner} no longer holds {self.job_id} (fence {self.fence})")
@@ -97,12 +105,11 @@ def take(db: Database, owner: str, seconds: float) -> Lease | None:
             now = clock.shared(session)
             over = or_(Job.lease_until < now, Job.lease_until > now + _STEP * seconds)
             silent = and_(Job.status == "running", Job.held.is_(False), over)
+            # A queued job's is when its wait ends; one that is too far off was set before the clock stepped.
+            ready = or_(Job.lease_until.is_(None), Job.lease_until <= now, Job.lease_until > now + LONGEST_WAIT)
+            waiting = and_(Job.status == "queued", ready)
             job = session.scalar(
-                select(Job)
-                .where(or_(Job.status == "queued", silent))
-                .order_by(Job.seq)
-                .limit(1)
-                .with_for_update(skip_locked=True)
+                select(Job).where(or_(waiting, silent)).order_by(Job.seq).limit(1).with_for_update(skip_locked=True)
             )
             if job is None:
                 return None
