@@ -153,6 +153,9 @@ def test_a_person_releases_what_is_held(server: Server, visit):
         assert refused.status_code == 400
         assert 'role="alert"' in refused.text
     assert browser.send(here, here, by="Ada", reason="a good reason").status_code == 400
+    nul = browser.send(here, here, by="Ada", reason="a good reason\0", decision="release")
+    assert nul.status_code == 400
+    assert "NUL" in nul.text
     with server.db.read() as session:
         assert session.get_one(GateDecision, decision).override is None
     said = {"by": "Ada Lovelace", "reason": "The judge misread a quotation.", "decision": "release"}
