@@ -252,7 +252,7 @@ def test_a_policy_that_was_changed_in_the_database_is_not_put_in_force(server: S
         text = current.document.replace("max_rows: 50000", "max_rows: 40000")
         bad = policies.save(session, text, actor="test", now=clock.now())
         session.flush()
-        bad.document = bad.document.replace("40000", "41000")
+        bad.meaning = str(bad.meaning).replace("40000", "41000")
         current_id, bad_id = current.id, bad.id
     browser = visit(server.key)
     here = f"/policies/{bad_id}"
