@@ -77,5 +77,7 @@ class Interrupted(HoldtrueError):  # noqa: N818 (it names what happened; nothing
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return a hint such as `` (did you mean 'kl'?)``, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    # None of less than a third of the name's length can be near, and comparing with a name of megabytes takes seconds.
+    within = [choice for choice in choices if len(name) <= 3 * len(choice)]
+    close = difflib.get_close_matches(name, within, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

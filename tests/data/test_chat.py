@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,24 @@ def test_all_faults_of_a_row_are_listed(tmp_path: Path) -> None:
         "messages[0].weight",
         "messages[1]",
     ]
+
+
+def test_a_row_of_many_faults_is_not_explained_to_its_end(tmp_path: Path) -> None:
+    """Each unknown key and role is compared with the known ones: a crafted row would take minutes."""
+    many = {f"key number {n}": 0 for n in range(100_000)}
+    write(tmp_path / "keys.jsonl", {"messages": [USER | many, ANSWER]}, {"messages": [many] * 3})
+    write(tmp_path / "role.jsonl", {"messages": [{"role": "user" * 10**6, "content": "a"}, ANSWER]})
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"key number": 1, "other": 2}]}\n' * 100_000)
+    totals = []
+    for name in ("keys", "role", "rows"):
+        began = time.process_time()
+        with pytest.raises(DataError) as caught:
+            validate_chat(tmp_path / f"{name}.jsonl")
+        assert time.process_time() - began < 3
+        assert len(caught.value.problems) == min(50, caught.value.total)
+        totals.append(caught.value.total)
+    # Fifty are explained, four to a row in the last file, and each row after them is one.
+    assert totals == [51, 1, 48 + 2 + 100_000 - 13]
 
 
 def test_read_chat_refuses_a_kind_it_does_not_know(tmp_path: Path) -> None:

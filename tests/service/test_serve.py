@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,8 +23,6 @@ from holdtrue.errors import RunError, SpecError
 from holdtrue.service.evidence import signing
 from holdtrue.service.serve import check_exposure, environment, listen
 from holdtrue.service.settings import ServiceSettings
-from holdtrue.service.store import migrations
-from holdtrue.service.store.database import Database
 from holdtrue.service.supervisor import Child, Supervisor
 
 
@@ -82,19 +80,30 @@ def test_one_command_prints_one_key_once_into_a_file(tmp_path: Path, database: l
     assert len(keys[0]) == 51
 
 
-def test_a_role_that_starts_before_the_api_takes_no_key_from_whoever_waits_for_it(tmp_path: Path):
-    serve = [sys.executable, "-m", "holdtrue.cli.main", "serve", "--home", tmp_path / "h", "--port", "0", "--role"]
-    with contextlib.closing(Database(ServiceSettings(home=tmp_path / "h").database)) as db:
-        first = subprocess.Popen([*serve, "dispatcher"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        until(lambda: (tmp_path / "h" / "service.db").exists() and migrations.current(db) == migrations.head())
-        first.terminate()
-        assert first.communicate(timeout=30) == (b"", None)
-    api = subprocess.Popen([*serve, "api"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert api.stdout is not None
-    lines = [api.stdout.readline() for _ in range(2)]
-    api.terminate()
-    api.wait(30)
-    assert lines[1].startswith(b"first key, shown only now: sk-")
+@pytest.mark.parametrize("role", ["dispatcher", "worker"])
+def test_a_role_that_starts_first_leaves_the_key_to_one_that_prints_it(tmp_path: Path, role: str):
+    def start(role: str, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "holdtrue.cli.main", "serve", "--role", role, "--home", tmp_path / "h"]
+        return subprocess.Popen([*command, *options], stdout=(tmp_path / role).open("wb"), stderr=subprocess.DEVNULL)
+
+    def ready() -> bool:
+        if not (tmp_path / "h" / "service.db").exists():
+            return False
+        with sqlite3.connect(tmp_path / "h" / "service.db") as database:
+            tables = database.execute("SELECT name FROM sqlite_master WHERE name = 'alembic_version'").fetchall()
+        return bool(tables) and (tmp_path / "h" / "blobs").exists()
+
+    first, api = start(role), None
+    try:
+        until(ready, 120)
+        api = start("api", "--port", "0")
+        until(lambda: b"sk-" in (tmp_path / "api").read_bytes(), 120)
+        assert b"sk-" not in (tmp_path / role).read_bytes()
+    finally:
+        for process in (first, api):
+            if process is not None:
+                process.kill()
+                process.wait()
 
 
 def test_an_open_address_wants_a_word_on_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from holdtrue.data.jsonl import Tally, json_name, read_again, read_numbered, shown_key, text_fault
+from holdtrue.data.jsonl import MAX_PROBLEMS, Tally, json_name, read_again, read_numbered, shown_key, text_fault
 from holdtrue.errors import DataError, Problem, nearest
 
 KINDS = {"task": 0, "safe": 1, "pool": 2, "aside": 3, "pair": 4}
@@ -23,6 +24,9 @@ _TOOL_ROLES = ("tool", "function")
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 _ROW_TOOL_KEYS = ("tools", "functions")
 _OTHER_NAMES = {"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+_FAULTY = Problem(0, "messages", "a message is not as it should be")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,12 @@ def validate_chat(path: str | Path) -> ChatSummary:
     """Check a whole chat file in constant memory.
 
     Raises:
-        DataError: the file cannot be read, or rows are invalid; lists the first 50 problems by line and field.
+        DataError: the file cannot be read, or rows are invalid; lists the first 50 problems by line and field, and
+            counts each faulty row after them as one.
     """
     tally = Tally()
     rows = turns = max_chars = 0
-    for messages in read_numbered(path, lambda record, _: parse_messages(record), tally):
+    for messages in read_numbered(path, _parser_within(MAX_PROBLEMS), tally):
         rows += 1
         turns += len(messages)
         max_chars = max(max_chars, sum([len(message.content) for message in messages]))
@@ -128,8 +133,14 @@ def _message(entry: dict[str, Any]) -> Message:
     return Message(entry["role"], content, entry.get("weight", 1))
 
 
-def parse_messages(record: Mapping[str, Any]) -> tuple[Message, ...] | list[Problem]:
-    """Return the messages of one record, or all that is wrong with it, with ``line`` 0."""
+def parse_messages(record: Mapping[str, Any], most: int = MAX_PROBLEMS) -> tuple[Message, ...] | list[Problem]:
+    """Return the messages of one record, or what is wrong with it, with ``line`` 0.
+
+    Args:
+        record: a line's object.
+        most: problems after which no more are looked for: explaining each key of a crafted row would take minutes. With
+            0, a faulty message is not explained at all.
+    """
     problems = [Problem(0, key, "rows with tools are not supported yet") for key in _ROW_TOOL_KEYS if record.get(key)]
     if "messages" not in record:
         return [*problems, Problem(0, "messages", f"is missing; the row has {_key_list(record)}")]
@@ -156,11 +167,15 @@ def parse_messages(record: Mapping[str, Any]) -> tuple[Message, ...] | list[Prob
                 and ("weight" not in entry or (role == "assistant" and type(weight) is int and 0 <= weight <= 1))
                 and ("name" not in entry or isinstance(entry["name"], str))
             ):
-                problems.extend(_message_problems(entry, f"messages[{index}]"))
+                if not most:
+                    return [_FAULTY]
+                problems.extend(islice(_message_problems(entry, f"messages[{index}]"), most))
             else:
                 messages.append(Message(role, content, weight))
         else:
             problems.append(Problem(0, f"messages[{index}]", f"must be an object, not {json_name(entry)}"))
+        if problems and len(problems) >= most:
+            return problems[: max(1, most)]
     if not problems:
         # Judged only where all roles are known, or one wrong role would be reported again as a wrong order.
         problems = list(_order_problems(tuple([(message.role, message.weight) for message in messages])))
@@ -171,16 +186,31 @@ def _parser(source: str, kind: str) -> Callable[[dict[str, Any], int], ChatRow |
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
 
+    within = _parser_within(MAX_PROBLEMS)
+
     def parse(record: dict[str, Any], line: int) -> ChatRow | list[Problem]:
-        messages = parse_messages(record)
+        messages = within(record, line)
         return messages if isinstance(messages, list) else ChatRow(messages, kind, True, source, line)
 
     return parse
 
 
+def _parser_within(most: int) -> Callable[[dict[str, Any], int], tuple[Message, ...] | list[Problem]]:
+    """Return what reads one record after another, and explains so many problems of all of them."""
+
+    def parse(record: dict[str, Any], line: int) -> tuple[Message, ...] | list[Problem]:
+        nonlocal most
+        found = parse_messages(record, most)
+        if isinstance(found, list):
+            most = max(0, most - len(found))
+        return found
+
+    return parse
+
+
 def _key_list(record: Mapping[str, Any]) -> str:
-    keys = [shown_key(key) for key in record]
-    return ", ".join(keys[:8]) + (", …" if len(keys) > 8 else "") if keys else "no keys"
+    keys = [shown_key(key) for key in islice(record, 8)]
+    return ", ".join(keys) + (", …" if len(record) > 8 else "") if keys else "no keys"
 
 
 def _message_problems(entry: dict[str, Any], where: str) -> Iterator[Problem]:

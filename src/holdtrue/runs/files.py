@@ -91,16 +91,24 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     sync_folder(target.parent)
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came from, each once: an error that is raised again may have come from itself."""
+    found: list[BaseException] = []
+    seen: BaseException | None = error
+    while seen is not None and not any(seen is one for one in found):
+        yield seen
+        found.append(seen)
+        seen = seen.__cause__ or seen.__context__
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Say whether an error, or what caused it, is a disk, quota or file-size limit that was reached."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, OSError) and seen.errno in FULL:
             return True
         # Writers in compiled code (safetensors, Arrow) raise types of their own with the system's text.
         if any(os.strerror(code).lower() in str(seen).lower() for code in FULL):
             return True
-        seen = seen.__cause__ or seen.__context__
     return False
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import HoldtrueError, SpecError
-from holdtrue.service.store.schema import ENDED, JOB_STATUSES, Job, Project, Usage
+from holdtrue.service.store.schema import ENDED, JOB_STATUSES, Job, Project, Upload, UploadPart, Usage
 
 GIBIBYTE = 2**30
 ACTIVE = tuple(status for status in JOB_STATUSES if status not in ENDED)
@@ -68,10 +68,23 @@ class Rate(NamedTuple):
 
 
 class RateLimiter:
-    """Requests a minute over a sliding window; in memory for one API process, in Redis for several."""
+    """Requests a minute over a sliding window; in memory for one API process, in Redis for several.
+
+    Beside the counts it keeps marks: what all API processes are to know for some minutes.
+    """
 
     def __init__(self, storage: str = "memory://") -> None:
-        self._limiter = SlidingWindowCounterRateLimiter(storage_from_string(storage))
+        self._storage = storage_from_string(storage)
+        self._limiter = SlidingWindowCounterRateLimiter(self._storage)
+
+    def set_mark(self, name: str, seconds: int) -> None:
+        """Give a name a new mark, unlike any before, for so many seconds."""
+        self._storage.clear(name)
+        self._storage.incr(name, seconds, time.time_ns() // 1000)
+
+    def mark(self, name: str) -> int:
+        """Return a name's mark, 0 where it has none."""
+        return self._storage.get(name)
 
     def hit(self, project_id: str, per_minute: int) -> Rate:
         """Count one request."""
@@ -105,9 +118,30 @@ def used_today(session: Session, project_id: str, *, now: int) -> dict[str, int]
     return {row.counter: row.amount for row in rows}
 
 
+def charge_training(session: Session, job: Job, tokens: int, *, now: int) -> None:
+    """Add to the usage of a job's project what the job has trained and not been charged for yet.
+
+    Args:
+        session: of a transaction in which the job is locked.
+        tokens: that its training under way has trained so far; those before it are in ``job.trained_tokens``. Steps
+            that another worker trains again count once.
+    """
+    due = (job.trained_tokens or 0) + tokens - job.charged_tokens
+    if due > 0:
+        job.charged_tokens += due
+        add(session, job.project_id, "training_tokens", due, now=now)
+
+
 def stored_bytes(session: Session, project_id: str) -> int:
     """Return the bytes of a project's files."""
     return int(session.scalar(select(Project.stored_bytes).where(Project.id == project_id)) or 0)
+
+
+def pending_bytes(session: Session, project_id: str, *, besides: str | None = None) -> int:
+    """Return the bytes of the parts of a project's pending uploads, but for the upload ``besides``."""
+    query = select(func.coalesce(func.sum(UploadPart.bytes), 0)).join(Upload, Upload.id == UploadPart.upload_id)
+    query = query.where(Upload.project_id == project_id, Upload.status == "pending")
+    return int(session.scalar(query if besides is None else query.where(Upload.id != besides)) or 0)
 
 
 def jobs_active(session: Session, project_id: str) -> int:
@@ -130,9 +164,14 @@ def check_tokens(session: Session, project_id: str, limits: Limits, *, now: int)
         )
 
 
+def lock_project(session: Session, project_id: str) -> None:
+    """Let nobody else add to what a project has until the transaction ends."""
+    session.get_one(Project, project_id, with_for_update=True)
+
+
 def check_jobs(session: Session, project_id: str, limits: Limits) -> None:
     """Refuse a job beyond those that a project may have at once (``QuotaError``); serializes a project's creations."""
-    session.get_one(Project, project_id, with_for_update=True)
+    lock_project(session, project_id)
     active = jobs_active(session, project_id)
     if active >= limits.jobs_active:
         raise QuotaError(
@@ -143,11 +182,24 @@ def check_jobs(session: Session, project_id: str, limits: Limits) -> None:
         )
 
 
-def check_storage(session: Session, project_id: str, limits: Limits, more: int) -> None:
-    """Refuse bytes beyond those that a project may store (``QuotaError``)."""
-    used = stored_bytes(session, project_id)
-    if used + more > limits.storage_bytes:
+def check_storage(
+    session: Session, project_id: str, limits: Limits, more: int, *, lock: bool = True, upload: str | None = None
+) -> None:
+    """Refuse bytes beyond those that a project may store (``QuotaError``), in files and in parts of pending uploads.
+
+    Args:
+        session: of the transaction that writes the row of what comes.
+        more: bytes that come.
+        lock: serialize this with all else that the project stores; without it, what is found may have changed.
+        upload: whose parts do not count, since they end as the file that comes.
+    """
+    if lock:
+        lock_project(session, project_id)
+    files, parts = stored_bytes(session, project_id), pending_bytes(session, project_id, besides=upload)
+    if files + parts + more > limits.storage_bytes:
+        unfinished = f" and the {parts} of unfinished uploads" if parts else ""
         raise QuotaError(
             "storage_bytes",
-            f"{more} bytes more than the {used} stored would exceed the project's {limits.storage_bytes}; delete files",
+            f"{more} bytes more than the {files} stored{unfinished} would exceed the project's "
+            f"{limits.storage_bytes}; delete files{' or cancel uploads' if parts else ''}",
         )

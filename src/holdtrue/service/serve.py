@@ -14,6 +14,7 @@ from pydantic import BaseModel, SecretStr
 
 from holdtrue.errors import RunError, SpecError
 from holdtrue.service import tenancy
+from holdtrue.service.policy import store as policies
 from holdtrue.service.settings import Role, ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
@@ -51,11 +52,11 @@ def serve(settings: ServiceSettings, role: Role = "all", announce: Callable[[str
     settings.home.chmod(0o700)
     if role not in ("all", "api"):
         if role != "inference":  # which asks the object store alone
-            _migrate(settings)
+            _prepare(settings, prints=False)
         run_role(settings, role)
         return
     with listen(settings.host, settings.port) as sock:
-        key = _prepare(settings)
+        key = _prepare(settings, prints=True)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         announce(f"holdtrue serves http://{host}:{sock.getsockname()[1]}/v1")
         if key is not None:
@@ -87,16 +88,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise RunError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from None
 
 
-def _prepare(settings: ServiceSettings) -> str | None:
-    """Make what is not there yet, and return the first key where it was made now: the caller shows it."""
+def _prepare(settings: ServiceSettings, *, prints: bool) -> str | None:
+    """Bring the database up to this version; the first key is made by a role that prints it, and is returned."""
     with contextlib.closing(Database(settings.database)) as db:
         migrations.upgrade(db)
-        return tenancy.bootstrap(db).key
-
-
-def _migrate(settings: ServiceSettings) -> None:
-    with contextlib.closing(Database(settings.database)) as db:
-        migrations.upgrade(db)
+        policies.keep_meanings(db)
+        return tenancy.bootstrap(db).key if prints else None
 
 
 def run_role(settings: ServiceSettings, role: str, sock: socket.socket | None = None) -> None:

@@ -8,12 +8,15 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from holdtrue.service import tenancy
@@ -21,6 +24,7 @@ from holdtrue.service.api.app import create_app
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
+from holdtrue.service.store.schema import ApiKey, Project
 
 from .conftest import ROW
 
@@ -62,6 +66,97 @@ def test_health_and_readiness(app: FastAPI, monkeypatch: pytest.MonkeyPatch):
     found = client.get("/readyz")
     assert (found.status_code, found.json()) == (503, {"status": "failing", "database": False, "objects": True})
     assert client.get("/healthz").status_code == 200
+
+
+def test_readiness_asks_the_object_store(app: FastAPI, tmp_path: Path):
+    client = TestClient(app)
+    (tmp_path / "blobs").rename(tmp_path / "unplugged")
+    (tmp_path / "blobs").mkdir()  # where its disk would be mounted
+    found = client.get("/readyz")
+    assert (found.status_code, found.json()) == (503, {"status": "failing", "database": True, "objects": False})
+    (tmp_path / "blobs").rmdir()
+    (tmp_path / "unplugged").rename(tmp_path / "blobs")
+    assert client.get("/readyz").status_code == 200
+
+
+def test_a_store_that_is_away_is_said_as_such(app: FastAPI, tmp_path: Path):
+    client = client_of(app)
+
+    def upload() -> Any:
+        return client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", ROW)})
+
+    file, other = upload().json()["id"], upload().json()["id"]
+    (tmp_path / "blobs").rename(tmp_path / "unplugged")
+    for answer in (client.get(f"/v1/files/{file}/content"), upload()):
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "unavailable"
+        assert "object store" in answer.json()["error"]["message"]
+        assert str(tmp_path) not in answer.text
+    assert client.delete(f"/v1/files/{other}").json()["deleted"]  # the dispatcher takes its content later
+    (tmp_path / "unplugged").rename(tmp_path / "blobs")
+    assert client.get(f"/v1/files/{file}/content").text == ROW
+    assert upload().status_code == 200
+
+
+def test_a_policy_that_cannot_be_read_is_said_as_such(app: FastAPI):
+    client = client_of(app)
+    file = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", ROW)}).json()["id"]
+    with app.state.parts.db.write() as session:
+        session.connection().exec_driver_sql("UPDATE policies SET meaning = '{}'")
+    answer = client.post("/v1/fine_tuning/jobs", json={"model": "smollm2-135m-instruct", "training_file": file})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
+def test_a_read_waits_for_no_writer(app: FastAPI):
+    """A backup keeps writers waiting; a key's use is then noted later."""
+    client = client_of(app)
+    with app.state.parts.db.write():
+        began = time.monotonic()
+        assert client.get("/v1/models").status_code == 200
+        assert time.monotonic() - began < 5
+    with app.state.parts.db.read() as session:
+        assert session.scalars(select(ApiKey.last_used_at)).one() is None
+    assert client.get("/v1/models").status_code == 200
+    with app.state.parts.db.read() as session:
+        assert session.scalars(select(ApiKey.last_used_at)).one() is not None
+
+
+def test_a_retry_is_not_answered_with_an_equal_request_of_before(app: FastAPI):
+    """The first attempt at a second job is refused before anything is done: its retry is not the first job's."""
+    client, db = client_of(app), app.state.parts.db
+    file = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", ROW)}).json()["id"]
+
+    def create(tries: int) -> Any:
+        body = {"model": "smollm2-135m-instruct", "training_file": file, "seed": 1}
+        return client.post("/v1/fine_tuning/jobs", json=body, headers={"x-stainless-retry-count": str(tries)})
+
+    def rename(old: str, new: str) -> None:
+        with db.write() as session:
+            session.connection().exec_driver_sql(f"ALTER TABLE {old} RENAME TO {new}")
+
+    def limit(requests: int) -> None:
+        with db.write() as session:
+            session.scalars(select(Project)).one().limits = {"requests_per_minute": requests}
+
+    first = create(0).json()["id"]
+    assert create(1).json()["id"] == first
+    refusals: list[tuple[Callable[[], object], Callable[[], object], int]] = [
+        (lambda: (limit(1), client.get("/v1/models")), lambda: limit(1000), 429),
+        (lambda: rename("models", "away"), lambda: rename("away", "models"), 503),
+    ]
+    seen = {first}
+    for refuse, mend, status in refusals:
+        refuse()
+        assert create(0).status_code == status
+        assert create(1).status_code == status
+        mend()
+        again = create(2).json()["id"]
+        assert again not in seen
+        assert create(3).json()["id"] == again  # its answer was lost
+        seen.add(again)
+    new = create(0).json()["id"]
+    assert new not in seen
+    assert create(1).json()["id"] == new
 
 
 def test_metrics(app: FastAPI):
@@ -116,12 +211,12 @@ def test_a_full_disk_and_a_lost_database_are_said_as_such(
 
 
 def test_a_bug_tells_nothing(app: FastAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def broken(key: str) -> bool:
+    def broken(key: str) -> None:
         raise KeyError("a customer's secret text")
 
     client = client_of(app)
     file = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", ROW)}).json()["id"]
-    monkeypatch.setattr(app.state.parts.blobs, "exists", broken)
+    monkeypatch.setattr(app.state.parts.blobs, "open", broken)
     answer = client.get(f"/v1/files/{file}/content")
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "server_error"
@@ -139,7 +234,9 @@ def test_opentelemetry_traces_where_it_is_asked_to(tmp_path: Path):
         "from holdtrue.service.api.app import create_app\n"
         "from holdtrue.service.settings import ServiceSettings\n"
         "app = create_app(ServiceSettings(home=Path(sys.argv[1])))\n"
-        "TestClient(app).get('/v1/models', headers={'authorization': 'Bearer sk-secret'})\n"
+        "client = TestClient(app, headers={'authorization': 'Bearer sk-secret'})\n"
+        "for path in ('models/ft:base:org:hidden:x', 'fine_tuning/jobs?metadata[hidden]=hidden', 'hidden'):\n"
+        "    client.get('/v1/' + path)\n"
     )
 
     def run(**environment: str) -> str:
@@ -149,7 +246,10 @@ def test_opentelemetry_traces_where_it_is_asked_to(tmp_path: Path):
         )  # fmt: skip
         return done.stdout
 
-    traced = run(OTEL_TRACES_EXPORTER="console")
+    traced = run(OTEL_TRACES_EXPORTER="console", OTEL_SEMCONV_STABILITY_OPT_IN="http/dup")
     assert '"service.name": "holdtrue-api"' in traced
+    assert '"http.target": "/v1/models/{model:path}"' in traced
+    assert '"url.path": "/v1/fine_tuning/jobs"' in traced
     assert "sk-secret" not in traced
+    assert "hidden" not in traced
     assert "trace_id" not in run()

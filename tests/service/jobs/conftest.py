@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-ON_BOTH = ("test_a_job_succeeds_and_leaves_evidence", "test_leases")
+ON_BOTH = (
+    "test_a_job_succeeds_and_leaves_evidence",
+    "test_leases",
+    "test_nobody_takes_a_job_before",
+    "test_projects_take_turns",
+)
 """What every run of the tests tries on PostgreSQL too; the rest is slow there, and for `make test-service`."""
 
 

@@ -125,7 +125,7 @@ def test_a_lease_lives_while_it_is_renewed(house, queued):
 
 def test_asked_twice_is_as_asked_once(house, queued):
     job_id = queued()
-    for wanted in ("pause", "pause", "run", "cancel", "cancel"):
+    for wanted in ("run", "pause", "pause", "run", "run", "cancel", "cancel"):
         with house.db.write() as session:
             lifecycle.request(session, session.get(Job, house.get(job_id).seq), wanted)
     assert house.get(job_id).status == "cancelled"

@@ -1,14 +1,23 @@
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from holdtrue.defenses import available, parse
 from holdtrue.errors import RunError, SpecError
-from holdtrue.service.policy import default_document, store
+from holdtrue.service import ids
+from holdtrue.service.policy import default_document, parse_policy, store
+from holdtrue.service.policy.document import read_policy
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import Base, Policy
 
 BASE = "smollm2-135m-instruct"
 FIRST = default_document(BASE)
+PLAIN = f"base_model: {BASE}\ndefenses: []\ngate: {{margin_fall: {{max: 0.1}}}}\n"
 SECOND = FIRST.replace("weight: 3.0", "weight: 5.0")
 
 
@@ -58,9 +67,72 @@ def test_a_policy_changed_in_the_database_is_not_used(database: Database):
     with database.write() as session:
         identity = store.save(session, FIRST, actor="a", now=1).id
     with database.write() as session:
-        session.get_one(Policy, identity).document = FIRST.replace("weight: 3.0", "weight: 0.0")
+        row = session.get_one(Policy, identity)
+        assert row.meaning is not None
+        row.document = FIRST.replace("weight: 3.0", "weight: 0.0")
+    with database.write() as session:
+        row = session.get_one(Policy, identity)
+        assert store.document_of(row) == parse_policy(FIRST)  # the text is for people
+        row.meaning = str(row.meaning).replace('"weight":3.0', '"weight":0.0')
     with database.read() as session, pytest.raises(RunError, match="no longer means"):
         store.document_of(session.get_one(Policy, identity))
+
+
+def saved_by_another_version(session: Session, *, meaning: bool, **changes: Any) -> Policy:
+    """Write a version as one of holdtrue saved it whose defaults differ from today's."""
+    values = {**parse_policy(PLAIN).canonical(), **changes}
+    text = json.dumps({key: value for key, value in values.items() if value is not ...}, sort_keys=True)
+    row = Policy(
+        id=ids.new("policy"), base_model=BASE, version=1, document=PLAIN, meaning=text if meaning else None,
+        digest=hashlib.sha256(text.encode()).hexdigest(), created_by="a", created_at=1,
+    )  # fmt: skip
+    session.add(row)
+    session.flush()
+    return row
+
+
+def test_a_version_is_read_as_it_was_meant_by_a_version_with_other_defaults(database: Database):
+    other = {"min_rows": 77, "max_rows": 50_000, "max_bytes": 10**9}
+    assert parse_policy(PLAIN).limits.min_rows == 10
+    with database.write() as session:
+        row = saved_by_another_version(session, meaning=True, limits=other, screen=...)  # it knew no screen
+        document = store.document_of(row)
+        assert document.limits.min_rows == 77
+        assert document.screen is None
+        assert document == parse_policy(PLAIN).model_copy(update={"limits": document.limits})
+
+
+def test_what_cannot_be_read_is_said_to_be_so_and_not_guessed(database: Database):
+    with database.write() as session:
+        row = saved_by_another_version(session, meaning=True, tomorrow=1)
+        with pytest.raises(store.PolicyUnreadableError, match="tomorrow"):
+            store.document_of(row)
+        session.delete(row)
+        session.flush()
+        row = saved_by_another_version(session, meaning=False, checkpoints=False)
+        with pytest.raises(store.PolicyUnreadableError, match="no longer means"):
+            store.document_of(row)
+    store.keep_meanings(database)
+    with database.read() as session:
+        assert session.scalars(select(Policy.meaning)).one() is None
+
+
+def test_versions_of_before_get_their_meaning_while_it_is_known(database: Database):
+    with database.write() as session:
+        row = store.save(session, FIRST, actor="a", now=1)
+        meant, row.meaning = row.meaning, None
+    with database.read() as session:
+        assert store.document_of(session.scalars(select(Policy)).one()) == parse_policy(FIRST)
+    store.keep_meanings(database)
+    with database.read() as session:
+        assert session.scalars(select(Policy.meaning)).one() == meant
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_every_defense_comes_back_from_what_is_stored(name: str):
+    (defense,) = parse([name])
+    document = parse_policy(PLAIN).model_copy(update={"defenses": (defense,)})
+    assert read_policy(json.loads(store.meaning(document))) == document
 
 
 def test_an_invalid_policy_is_not_written(database: Database):

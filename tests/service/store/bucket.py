@@ -9,6 +9,10 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 
+class CloudError(Exception):
+    """An error of a client's own, as botocore and aiohttp have them."""
+
+
 class BucketFile(AbstractBufferedFile):
     """Buffers, and uploads what is left when it is closed, also by the garbage collector, as that of S3 does."""
 
@@ -21,10 +25,12 @@ class BucketFile(AbstractBufferedFile):
         assert self.buffer is not None
         self.pieces.append(self.buffer.getvalue())
         if final:
+            self.fs.answer()
             self.fs.objects[self.path] = (b"".join(self.pieces), datetime.now(UTC))
         return True
 
     def _fetch_range(self, start: int, end: int) -> bytes:
+        self.fs.answer()
         return self.fs.objects[self.path][0][start:end]
 
     def discard(self) -> None:
@@ -34,8 +40,15 @@ class BucketFile(AbstractBufferedFile):
 class BucketFileSystem(AbstractFileSystem):
     protocol = "bucket"
     objects: ClassVar[dict[str, tuple[bytes, datetime]]] = {}
+    failure: ClassVar[Exception | None] = None
+
+    def answer(self) -> None:
+        """Fail, where the cloud is to fail."""
+        if self.failure is not None:
+            raise self.failure
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        self.answer()
         path = self._strip_protocol(path).rstrip("/")
         found: dict[str, dict[str, Any]] = {}
         for name, (content, at) in self.objects.items():
@@ -57,6 +70,7 @@ class BucketFileSystem(AbstractFileSystem):
         return BucketFile(self, path, mode, block_size=2**16)
 
     def _rm(self, path: str) -> None:
+        self.answer()
         if path not in self.objects and not any(name.startswith(path + "/") for name in self.objects):
             raise FileNotFoundError(path)
         self.objects.pop(path, None)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +21,10 @@ from hypothesis import strategies as st
 
 from holdtrue.errors import RunError
 from holdtrue.models.digest import tree_digest
+from holdtrue.service.store.away import StoreAwayError
 from holdtrue.service.store.blobs import BlobError, Blobs
 
-from . import bucket  # noqa: F401 (its store is found by its URL)
+from . import bucket
 
 KINDS = ["file", "memory", "bucket"]
 
@@ -75,6 +77,75 @@ def test_a_tree_comes_back_with_its_digest(blobs, tmp_path):
     blobs.delete(key)
     assert not blobs.exists(key)
     assert list(blobs.stored()) == []
+
+
+def test_a_store_without_its_disk_is_told_from_one_that_lacks_a_key(tmp_path):
+    """While it works, and by one that was opened then: the folder is there, empty, where the disk would be mounted."""
+    blobs = Blobs(f"file://{tmp_path / 'store'}")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    key, (tree, _) = blobs.put(BytesIO(b"abc"), limit=10).key, blobs.put_tree(folder)
+    blobs.check()
+    (tmp_path / "store").rename(tmp_path / "unplugged")
+    (tmp_path / "store").mkdir()
+    for act in (
+        blobs.check,
+        lambda: blobs.exists(key),
+        lambda: blobs.put(BytesIO(b"abc"), limit=10),
+        lambda: blobs.put_tree(folder),
+    ):
+        with pytest.raises(StoreAwayError):
+            act()
+    for store in (blobs, Blobs(f"file://{tmp_path / 'store'}")):
+        for act in (
+            lambda store=store: store.open(key),
+            lambda store=store: store.fetch(key, tmp_path / "back"),
+            lambda store=store: store.fetch_tree(tree, tmp_path / "back"),
+        ):
+            with pytest.raises(StoreAwayError):
+                act()
+    assert not (tmp_path / "back").exists()
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "unplugged").rename(tmp_path / "store")
+    blobs.fetch(key, tmp_path / "back")
+    with pytest.raises(BlobError):
+        blobs.fetch("b-" + "0" * 32, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("x"), TimeoutError(), PermissionError("x"), bucket.CloudError()]
+)
+def test_a_cloud_that_does_not_answer_is_away(tmp_path, monkeypatch, error):
+    blobs = open_store("bucket", tmp_path)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a").write_text("a")
+    key, (tree, _) = blobs.put(BytesIO(b"abc"), limit=10).key, blobs.put_tree(tmp_path / "tree")
+    stream = blobs.open(key)
+    blobs.check()
+    monkeypatch.setattr(bucket.BucketFileSystem, "failure", error)
+    for act in (
+        stream.read,
+        blobs.check,
+        lambda: blobs.open(key),
+        lambda: blobs.exists(key),
+        lambda: blobs.delete(key),
+        lambda: list(blobs.stored()),
+        lambda: blobs.fetch_tree(tree, tmp_path / "back"),
+        lambda: blobs.put(BytesIO(b"abc"), limit=10),
+        lambda: blobs.put_tree(tmp_path / "tree"),
+    ):
+        with pytest.raises(StoreAwayError) as caught:
+            act()
+        assert caught.value.__cause__ is error
+    assert {path.name for path in tmp_path.iterdir()} == {"tree"}
+
+
+def test_a_bug_is_not_taken_for_a_store_that_is_away(tmp_path, monkeypatch):
+    blobs = open_store("bucket", tmp_path)
+    monkeypatch.setattr(bucket.BucketFileSystem, "failure", KeyError("x"))
+    with pytest.raises(KeyError):
+        blobs.open("b-" + "0" * 32)
 
 
 def test_a_link_is_not_stored(blobs, tmp_path):

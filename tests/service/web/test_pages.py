@@ -153,6 +153,9 @@ def test_a_person_releases_what_is_held(server: Server, visit):
         assert refused.status_code == 400
         assert 'role="alert"' in refused.text
     assert browser.send(here, here, by="Ada", reason="a good reason").status_code == 400
+    nul = browser.send(here, here, by="Ada", reason="a good reason\0", decision="release")
+    assert nul.status_code == 400
+    assert "NUL" in nul.text
     with server.db.read() as session:
         assert session.get_one(GateDecision, decision).override is None
     said = {"by": "Ada Lovelace", "reason": "The judge misread a quotation.", "decision": "release"}
@@ -249,7 +252,7 @@ def test_a_policy_that_was_changed_in_the_database_is_not_put_in_force(server: S
         text = current.document.replace("max_rows: 50000", "max_rows: 40000")
         bad = policies.save(session, text, actor="test", now=clock.now())
         session.flush()
-        bad.document = bad.document.replace("40000", "41000")
+        bad.meaning = str(bad.meaning).replace("40000", "41000")
         current_id, bad_id = current.id, bad.id
     browser = visit(server.key)
     here = f"/policies/{bad_id}"

@@ -13,6 +13,7 @@ from holdtrue.service.api import admin, chat, errors, files, health, jobs, model
 from holdtrue.service.api.context import Parts
 from holdtrue.service.api.edge import Edge
 from holdtrue.service.api.gatekeeper import Gatekeeper
+from holdtrue.service.api.idempotency import Refusals
 from holdtrue.service.api.metrics import Metrics
 from holdtrue.service.api.telemetry import instrument
 from holdtrue.service.quotas import RateLimiter
@@ -69,6 +70,7 @@ def create_app(
     web.install(app)
     errors.install(app, web.answer)
     app.add_middleware(Gatekeeper, parts=parts)
+    app.add_middleware(Refusals, parts=parts)
     app.add_middleware(Edge, metrics=parts.metrics, upload_bytes=settings.upload_bytes, answer=web.answer)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     instrument(app)

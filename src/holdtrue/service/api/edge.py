@@ -27,6 +27,10 @@ _ID = re.compile(r"[a-z]{3,8}-[A-Za-z0-9]{24}")
 log = structlog.get_logger("holdtrue.api")
 
 
+class CutShortError(Exception):
+    """An answer broke off; the log says why."""
+
+
 class Edge:
     """ASGI middleware around everything, error handling included."""
 
@@ -56,7 +60,9 @@ class Edge:
                 elif exchange.status is None:
                     await self.answer(scope, translate(error))(scope, receive, exchange.send)
                 else:
-                    raise  # half an answer is out: the connection has to break, or it would look whole
+                    # Half an answer is out: the connection has to break, or it would look whole. Those outside, traces
+                    # among them, get nothing of the error's text.
+                    raise CutShortError from None
             if exchange.status is not None and exchange.status >= 400:
                 await exchange.drain()
         finally:

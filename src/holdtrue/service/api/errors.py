@@ -18,7 +18,9 @@ from starlette.types import Scope
 
 from holdtrue.errors import HoldtrueError, SpecError
 from holdtrue.service.policy import RefusalError
+from holdtrue.service.policy.store import PolicyUnreadableError
 from holdtrue.service.quotas import QuotaError
+from holdtrue.service.store.away import StoreAwayError
 
 INVALID = "invalid_request_error"
 _LONGEST = 300
@@ -110,6 +112,10 @@ def translate(error: Exception) -> ApiError:
             return invalid(str(error))
         case OperationalError() | PoolTimeoutError():  # a server that is away, or no connection to be had
             return _unavailable("The service cannot reach its database at the moment")
+        case StoreAwayError():
+            return _unavailable("The service cannot reach its object store at the moment")
+        case PolicyUnreadableError():
+            return _unavailable("The service cannot read the policy of this model at the moment")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return _unavailable("The service has no room left at the moment")
         case _:

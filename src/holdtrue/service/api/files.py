@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -20,7 +21,8 @@ from holdtrue.service.api.errors import ApiError, invalid, not_found, responses
 from holdtrue.service.api.idempotency import once
 from holdtrue.service.api.pages import After, Order, take
 from holdtrue.service.quotas import ACTIVE
-from holdtrue.service.store.blobs import Blob
+from holdtrue.service.store.away import StoreAwayError
+from holdtrue.service.store.blobs import Blob, BlobError
 from holdtrue.service.store.schema import File, Job, Project
 
 BATCH_SECONDS = 30 * 86_400
@@ -64,11 +66,22 @@ def wire(row: File) -> schemas.FileObject:
 
 
 def add_file(
-    session: Session, caller: Caller, blob: Blob, *, filename: str, purpose: str, expires_after: int | None
+    session: Session,
+    caller: Caller,
+    blob: Blob,
+    *,
+    filename: str,
+    purpose: str,
+    expires_after: int | None,
+    upload: str | None = None,
 ) -> File:
-    """Write a file's row; its content lies in the object store already. ``QuotaError`` beyond the project's bytes."""
+    """Write a file's row; its content lies in the object store already, and came with an ``upload`` or whole.
+
+    Raises:
+        QuotaError: beyond the project's bytes.
+    """
     now = clock.now()
-    quotas.check_storage(session, caller.project_id, caller.limits, blob.bytes)
+    quotas.check_storage(session, caller.project_id, caller.limits, blob.bytes, upload=upload)
     if expires_after is None and purpose == "batch":
         expires_after = BATCH_SECONDS
     row = File(
@@ -107,7 +120,7 @@ def _create(request: Request, parts: Parts, caller: Caller, form: multipart.Form
     purpose, expires_after = _read_fields(form.fields)
     filename = multipart.file_name(form.filename)
     with parts.db.read() as session:
-        quotas.check_storage(session, caller.project_id, caller.limits, form.bytes)
+        quotas.check_storage(session, caller.project_id, caller.limits, form.bytes, lock=False)
     blob = parts.blobs.put(form.file, limit=parts.settings.upload_bytes)
     used = False
 
@@ -129,11 +142,12 @@ def _create(request: Request, parts: Parts, caller: Caller, form: multipart.Form
 
 
 def discard(parts: Parts, key: str) -> None:
-    """Delete content that no file has; one that a file has stays."""
+    """Delete content that no file has; one that a file has stays. A store that is away is looked through later."""
     with parts.db.read() as session:
         if session.scalar(select(File.id).where(File.blob == key).limit(1)) is not None:
             return
-    parts.blobs.delete(key)
+    with contextlib.suppress(StoreAwayError):
+        parts.blobs.delete(key)
 
 
 def _read_fields(fields: dict[str, str]) -> tuple[str, int | None]:
@@ -223,8 +237,11 @@ def forget(parts: Parts, file_id: str, key: str) -> None:
     """Delete a deleted file's content. The row keeps the place until it is gone: the dispatcher tries again."""
     with parts.db.read() as session:
         shared = session.scalar(select(File.id).where(File.blob == key, File.deleted_at.is_(None)).limit(1))
-    if shared is None:
-        parts.blobs.delete(key)
+    try:
+        if shared is None:
+            parts.blobs.delete(key)
+    except StoreAwayError:
+        return
     with parts.db.write() as session:
         row = session.scalar(select(File).where(File.id == file_id))
         if row is not None:
@@ -244,9 +261,12 @@ def file_content(file_id: str, parts: PartsDep, caller: FilesRead) -> StreamingR
     with parts.db.read() as session:
         row = get_file(session, caller.project_id, file_id)
         key, size, filename = row.blob, row.bytes, row.filename
-    if key is None or not parts.blobs.exists(key):
+    if key is None:
         raise not_found("content of File object", file_id)
-    stream = parts.blobs.open(key)
+    try:
+        stream = parts.blobs.open(key)
+    except BlobError:
+        raise not_found("content of File object", file_id) from None
 
     def chunks() -> Iterator[bytes]:
         with stream:

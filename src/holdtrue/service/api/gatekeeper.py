@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 from anyio import to_thread
+from sqlalchemy.exc import DBAPIError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,7 +17,10 @@ from holdtrue.service.api.context import Parts
 from holdtrue.service.api.errors import ApiError
 from holdtrue.service.quotas import Rate
 
+NOTE_SECONDS = 0.1
+"""How long the note of a key's use waits for other writers."""
 _HOW = "Send it in the header as 'Authorization: Bearer YOUR_KEY'; `holdtrue keys create` makes one"
+log = structlog.get_logger("holdtrue.api")
 
 
 class Gatekeeper:
@@ -56,8 +60,7 @@ def admit(parts: Parts, state: MutableMapping[str, Any], found: auth.Found) -> N
     state["limits"] = parts.settings.limits.with_overrides(found.limits)
     structlog.contextvars.bind_contextvars(key_id=found.principal.key_id)
     if found.stale:
-        with parts.db.write() as session:
-            auth.note_use(session, found.principal.key_id, clock.now())
+        _note_use(parts, found.principal.key_id)
     project = found.principal.project_id
     rate = parts.rates.hit(project, state["limits"].requests_per_minute)
     state["headers"] = {
@@ -74,6 +77,15 @@ def admit(parts: Parts, state: MutableMapping[str, Any], found: auth.Found) -> N
             code="rate_limit_exceeded",
             headers={"retry-after": str(wait)},
         )
+
+
+def _note_use(parts: Parts, key_id: str) -> None:
+    """Note when a key was used, or leave it to a later request: no read waits for a backup or fails for a full disk."""
+    try:
+        with parts.db.write(wait=NOTE_SECONDS) as session:
+            auth.note_use(session, key_id, clock.now())
+    except DBAPIError as error:
+        log.warning("use of key not noted", error=type(error).__name__)
 
 
 def _refused(message: str, code: str | None) -> ApiError:

@@ -57,7 +57,7 @@ def _database(parts: Parts) -> bool:
 
 def _objects(parts: Parts) -> bool:
     try:
-        parts.blobs.exists("0" * 64)
+        parts.blobs.check()
     except Exception:
         return False
     return True

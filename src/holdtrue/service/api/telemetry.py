@@ -7,16 +7,21 @@ import os
 import sys
 import traceback
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from fastapi import FastAPI
 
 from holdtrue.errors import SpecError
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
 _ASKED = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _MOST_FRAMES = 20
 _MOST_CAUSES = 5
+_ADDRESSES = {"http.url", "http.target", "url.full", "url.path", "url.query"}
+"""Where a span has the address, by the old names and the new."""
 
 
 def set_up_logs() -> None:
@@ -120,4 +125,16 @@ def instrument(app: FastAPI) -> None:
                 "`pip install opentelemetry-exporter-otlp` has 'otlp'"
             )
         provider.add_span_processor(BatchSpanProcessor(found[0].load()()))
-    FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics")
+    FastAPIInstrumentor.instrument_app(
+        app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics", server_request_hook=_redact
+    )
+
+
+def _redact(span: Span, scope: dict[str, Any]) -> None:
+    """Take out of a span what a customer wrote into the address: filters in the query, names of models in the path."""
+    if not span.is_recording():
+        return
+    written = getattr(span, "attributes", None) or {}
+    route = str(written.get("http.route", "/"))
+    for name in _ADDRESSES & written.keys():
+        span.set_attribute(name, "" if name == "url.query" else route)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from typing import IO, cast
@@ -17,6 +18,8 @@ from holdtrue.service.api import files, multipart, schemas
 from holdtrue.service.api.context import Caller, FilesWrite, Parts, PartsDep
 from holdtrue.service.api.errors import ApiError, invalid, not_found, responses
 from holdtrue.service.api.idempotency import once
+from holdtrue.service.store.away import StoreAwayError
+from holdtrue.service.store.blobs import BlobError
 from holdtrue.service.store.schema import File, Upload, UploadPart
 
 LIFE_SECONDS = 3600
@@ -113,6 +116,8 @@ def _store_part(upload_id: str, request: Request, parts: Parts, caller: Caller, 
 
     def do() -> schemas.UploadPart:
         nonlocal used
+        # The project is locked before anything of it, as wherever both are.
+        quotas.check_storage(session, caller.project_id, caller.limits, blob.bytes)
         row = _get(session, caller.project_id, upload_id, lock=True)
         _pending(row)
         query = select(func.count(), func.coalesce(func.sum(UploadPart.bytes), 0))
@@ -136,7 +141,8 @@ def _store_part(upload_id: str, request: Request, parts: Parts, caller: Caller, 
         raise
     finally:
         if not used:
-            parts.blobs.delete(blob.key)
+            with contextlib.suppress(StoreAwayError):
+                parts.blobs.delete(blob.key)
 
 
 @router.post("/v1/uploads/{upload_id}/complete", responses=responses(409))
@@ -167,10 +173,19 @@ def complete_upload(
         if body.md5 is not None and joined.md5.hexdigest() != body.md5.lower():
             raise invalid("The parts' MD5 is another than the one given; upload them again", "md5", "md5_mismatch")
         with parts.db.write() as session:
+            quotas.lock_project(session, caller.project_id)
             row = _get(session, caller.project_id, upload_id, lock=True)
             if row.status != "completed":
                 _pending(row)
-                file = files.add_file(session, caller, blob, filename=filename, purpose=purpose, expires_after=expires)
+                file = files.add_file(
+                    session,
+                    caller,
+                    blob,
+                    filename=filename,
+                    purpose=purpose,
+                    expires_after=expires,
+                    upload=upload_id,
+                )
                 row.status, row.file_id, used = "completed", file.id, True
             answer = _wire(session, row)
     except BaseException:
@@ -201,8 +216,11 @@ def _drop_parts(parts: Parts, upload_id: str) -> None:
     with parts.db.read() as session:
         query = select(UploadPart.id, UploadPart.blob).where(UploadPart.upload_id == upload_id)
         rows = session.execute(query).all()
-    for row in rows:
-        parts.blobs.delete(row.blob)
+    try:
+        for row in rows:
+            parts.blobs.delete(row.blob)
+    except StoreAwayError:
+        return  # the dispatcher takes the parts of what is pending no more
     with parts.db.write() as session:
         session.execute(delete(UploadPart).where(UploadPart.id.in_([row.id for row in rows])))
 
@@ -217,9 +235,11 @@ class _Joined:
 
     def _open(self, parts: Parts, keys: list[str]) -> Iterator[IO[bytes]]:
         for key in keys:
-            if not parts.blobs.exists(key):
-                raise ApiError(409, "A part is gone; upload it again", param="part_ids", code="part_gone")
-            with parts.blobs.open(key) as stream:
+            try:
+                stream = parts.blobs.open(key)
+            except BlobError:
+                raise ApiError(409, "A part is gone; upload it again", param="part_ids", code="part_gone") from None
+            with stream:
                 yield stream
 
     def read(self, size: int = -1) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from holdtrue.service.policy import PolicyDocument, RefusalError, settle
 from holdtrue.service.policy import store as policies
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import retention
+from holdtrue.service.store.away import StoreAwayError
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import File, Job, Policy
@@ -30,6 +32,8 @@ IDLE_SECONDS = 0.5
 SWEEP_SECONDS = 60.0
 ORPHAN_SECONDS = 4 * 3600.0
 """Between two looks through the whole object store, which takes a list of all of it."""
+FIRST_DELAY, LONGEST_DELAY = 5.0, 300.0
+"""Seconds for which a job is left alone whose validation failed for no fault of its own: at first, and at most."""
 _SHOWN = 10
 
 
@@ -40,6 +44,11 @@ class _Fault:
     code: str = "invalid_file"
 
 
+class _Aside(NamedTuple):
+    until: float  # of the monotonic clock
+    delay: float
+
+
 class _Waiting(NamedTuple):
     job_id: str
     document: PolicyDocument
@@ -48,26 +57,32 @@ class _Waiting(NamedTuple):
 
 
 class Dispatcher:
-    """Looks for work twice a second."""
+    """Looks for work twice a second. Projects take turns, so that none waits for all that another has sent."""
 
     def __init__(self, settings: ServiceSettings, *, db: Database | None = None, blobs: Blobs | None = None) -> None:
         self._settings = settings
         self._db = db or Database(settings.database)
         self._blobs = blobs or Blobs(settings.blobs)
         self._looked = float("-inf")
+        self._aside: dict[str, _Aside] = {}
+        self._turns: dict[str, int] = {}  # project -> the number of its last turn
 
     def run(self, stop: threading.Event) -> None:
         """Work until told to stop; what fails unforeseen is logged and tried again."""
-        swept = float("-inf")
+        swept, busy = float("-inf"), False
         while not stop.is_set():
             try:
                 busy = self.validate_one()
-                if clock.now() - swept >= SWEEP_SECONDS:
-                    self.sweep()
-                    swept = clock.now()
             except Exception:
                 log.exception("dispatcher failed")
                 busy = False
+            # Apart: what cannot be validated does not keep what has expired, which may be all that fills the disk.
+            if clock.now() - swept >= SWEEP_SECONDS:
+                swept = clock.now()
+                try:
+                    self.sweep()
+                except Exception:
+                    log.exception("sweep failed")
             if not busy:
                 stop.wait(IDLE_SECONDS)
 
@@ -81,15 +96,47 @@ class Dispatcher:
             log.info("removed what had expired", **found._asdict())
 
     def validate_one(self) -> bool:
-        """Validate the files of the oldest new job and queue it, or fail it; say whether there was one."""
-        waiting = self._oldest()
-        if waiting is None:
+        """Validate the files of a new job and queue it, or fail it; say whether there was one.
+
+        A job that cannot be validated now, since the object store is away or a disk full, is left alone for a while.
+        """
+        job_id = self._next()
+        if job_id is None:
             return False
+        try:
+            self._validate(job_id)
+            self._aside.pop(job_id, None)
+        except Exception:
+            before = self._aside.get(job_id)
+            delay = FIRST_DELAY if before is None else min(2 * before.delay, LONGEST_DELAY)
+            self._aside[job_id] = _Aside(time.monotonic() + delay, delay)
+            log.exception("cannot validate", job=job_id, again_in_seconds=delay)
+        return True
+
+    def _next(self) -> str | None:
+        """Return the oldest new job of the project whose last turn is the longest ago."""
+        query = select(Job.id, Job.project_id).where(Job.status == "validating_files").order_by(Job.seq)
+        with self._db.read() as session:
+            rows = session.execute(query).all()
+        ids, now = {row.id for row in rows}, time.monotonic()
+        self._aside = {job_id: aside for job_id, aside in self._aside.items() if job_id in ids}
+        first: dict[str, str] = {}
+        for row in rows:
+            if row.id not in self._aside or self._aside[row.id].until <= now:
+                first.setdefault(row.project_id, row.id)
+        if not first:
+            return None
+        project = min(first, key=lambda project: self._turns.get(project, 0))
+        self._turns[project] = max(self._turns.values(), default=0) + 1
+        return first[project]
+
+    def _validate(self, job_id: str) -> None:
+        waiting = self._read(job_id)
         fault = self._check(waiting)
         with self._db.write() as session:
             job = session.scalar(select(Job).where(Job.id == waiting.job_id).with_for_update())
             if job is None or job.status != "validating_files":
-                return True  # another dispatcher was faster, or the job was cancelled or paused meanwhile
+                return  # another dispatcher was faster, or the job was cancelled or paused meanwhile
             if fault is None:
                 job.resolved = dict(settle(waiting.document, job.hyperparameters))
                 lifecycle.move(session, job, "queued", "Files validated, moving job to queued state")
@@ -97,15 +144,10 @@ class Dispatcher:
                 error = {"code": fault.code, "message": fault.message, "param": fault.param}
                 lifecycle.move(session, job, "failed", "The job failed: " + fault.message, error=error, level="error")
         log.info("validated", job=waiting.job_id, valid=fault is None)
-        return True
 
-    def _oldest(self) -> _Waiting | None:
+    def _read(self, job_id: str) -> _Waiting:
         with self._db.read() as session:
-            job = session.scalars(
-                select(Job).where(Job.status == "validating_files").order_by(Job.seq).limit(1)
-            ).first()
-            if job is None:
-                return None
+            job = session.scalars(select(Job).where(Job.id == job_id)).one()
             document = policies.document_of(session.get_one(Policy, job.policy_id))
             return _Waiting(job.id, document, dict(job.hyperparameters), dict(_files(session, job)))
 
@@ -125,6 +167,8 @@ class Dispatcher:
                     found = validate_chat(path)
                 except DataError as error:
                     return _Fault(param, _explain(file_id, error.problems, error.total))
+                except StoreAwayError:
+                    raise
                 except HoldtrueError as error:
                     return _Fault(param, f"{file_id}: {str(error).replace(str(path), 'the file')}")
             if found.bytes > limits.max_bytes:
@@ -152,4 +196,5 @@ def _explain(file_id: str, problems: tuple[Problem, ...], total: int) -> str:
         for each in problems[:_SHOWN]
     )
     more = f"; and {total - _SHOWN} more" if total > _SHOWN else ""
-    return f"{file_id} has {total} fault{'s' * (total != 1)}: {shown}{more}"
+    least = "at least " if total > len(problems) else ""  # a row after those that are listed counts once
+    return f"{file_id} has {least}{total} fault{'s' * (total != 1)}: {shown}{more}"

@@ -23,7 +23,8 @@ from holdtrue.service.store.walk import walk
 
 MOST_TRIES = 8
 """Leases that may be lost to dying workers before a job is given up."""
-
+LONGEST_WAIT = 300.0
+"""Seconds for which a job that was given back may be left alone."""
 
 _STEP = 10
 """A lease with so many times its length to go was taken before the clock was set back, and is void."""
@@ -78,11 +79,18 @@ class Lease:
                 raise self._lost()
             yield session, job
 
-    def release(self, message: str = "The worker stopped; the job goes on with another") -> None:
-        """Give the job back unfinished, for anybody to take; that is no death. Nothing happens if it was lost."""
+    def release(self, message: str = "The worker stopped; the job goes on with another", after: float = 0) -> None:
+        """Give the job back unfinished, for anybody to take; that is no death. Nothing happens if it was lost.
+
+        Args:
+            message: of the event.
+            after: seconds for which nobody takes it, at most ``LONGEST_WAIT``.
+        """
         with contextlib.suppress(LeaseLostError), self.write() as (session, job):
             job.tries -= 1
             lifecycle.move(session, job, "queued", message)
+            if after > 0:
+                job.lease_until = clock.shared(session) + min(after, LONGEST_WAIT)
 
     def _lost(self) -> LeaseLostError:
         return LeaseLostError(f"{self.owner} no longer holds {self.job_id} (fence {self.fence})")
@@ -119,7 +127,11 @@ def _next(session: Session, now: float, seconds: float) -> Job | None:
     """Two questions, since an index answers each without a look at what has ended or waits behind."""
     over = or_(Job.lease_until < now, Job.lease_until > now + _STEP * seconds)
     silent = select(Job).where(Job.held.is_(False), over)
-    for status, query in (("running", silent), ("queued", select(Job))):
+    # A queued job's is when its wait ends; one that is too far off was set before the clock stepped.
+    ready = select(Job).where(
+        or_(Job.lease_until.is_(None), Job.lease_until <= now, Job.lease_until > now + LONGEST_WAIT)
+    )
+    for status, query in (("running", silent), ("queued", ready)):
         oldest = walk(session, query, [(Job.status, status)], Job.seq, down=False).limit(1)
         job = session.scalar(oldest.with_for_update(skip_locked=True))
         if job is not None:

@@ -38,6 +38,7 @@ def create(session: Session, *, metadata: Mapping[str, str] | None = None, **val
         held=False,
         attempt=0,
         tries=0,
+        charged_tokens=0,
         fence=0,
         tagged=bool(metadata),
         **values,
@@ -86,10 +87,11 @@ def move(
 def request(session: Session, job: Job, wanted: str) -> None:
     """Do what a customer asks of a locked job: ``pause``, ``run`` or ``cancel``; asked twice is as asked once.
 
-    A cancelled job ends at once, whoever held it. A running one pauses when its worker has saved a checkpoint.
+    A cancelled job ends at once, whoever held it. A running one pauses when its worker has saved a checkpoint. One that
+    is to go on and does so already, since an earlier answer was lost or nobody paused it, just does.
 
     Raises:
-        TransitionError: the job has ended, or there is nothing to go on with.
+        TransitionError: the job has ended, or waits for a person.
     """
     if wanted == "cancel" and job.status == "cancelled":
         return
@@ -112,9 +114,7 @@ def request(session: Session, job: Job, wanted: str) -> None:
             if job.status == "paused":
                 back = "validating_files" if job.resolved is None else "queued"
                 move(session, job, back, "The job goes on")
-            elif job.wanted != "pause":
-                raise TransitionError(f"job {job.id} is {job.status}, not paused")
-            else:
+            elif job.wanted == "pause":
                 events.add(session, job, "The job goes on")
             job.wanted = "run"
         case _:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from holdtrue.errors import Interrupted
 from holdtrue.runs import Run
-from holdtrue.service import clock
+from holdtrue.service import clock, quotas
 from holdtrue.service.jobs import events
 from holdtrue.service.jobs.leases import Lease, LeaseLostError
 from holdtrue.service.jobs.tracking import Tracker
@@ -42,6 +42,7 @@ class Reporter:
         self._run, self._lease, self._attempt, self._keeper, self._tracker = run, lease, attempt, keeper, tracker
         self._stage: str | None = None
         self._waiting: list[dict[str, Any]] = []
+        self._tokens: dict[int, float] = {each["step"]: each["tokens"] for each in run.metrics() if "tokens" in each}
         self._flushed = time.monotonic()
 
     def __enter__(self) -> Reporter:
@@ -64,6 +65,7 @@ class Reporter:
             self._keeper.save()
         if "loss" in fields:
             self._waiting.append(fields)
+            self._tokens[fields["step"]] = fields["tokens"]
             if time.monotonic() - self._flushed >= FLUSH_SECONDS or fields["step"] == fields["steps"]:
                 self._flush()
 
@@ -89,6 +91,9 @@ class Reporter:
                     once=f"step:{self._attempt}:{step}",
                 )
             job.estimated_finish = clock.now() + round(self._waiting[-1]["seconds_left"])
+            # As it goes: a job that is cancelled at its last step has trained all the same.
+            trained = sum(tokens for step, tokens in self._tokens.items() if step <= self._waiting[-1]["step"])
+            quotas.charge_training(session, job, int(trained), now=clock.now())
         if self._tracker is not None:
             for fields in self._waiting:
                 self._tracker.send(_metrics(fields))

@@ -122,8 +122,8 @@ def publish(
         )
         report = (final.run.marker("train") or {}).get("report", {})
         tokens = int(report.get("tokens", 0))
+        quotas.charge_training(session, job, tokens, now=clock.now())
         job.trained_tokens = (job.trained_tokens or 0) + tokens
-        quotas.add(session, job.project_id, "training_tokens", tokens, now=clock.now())
         if action == "retrain":
             job.attempt += 1
             events.add(

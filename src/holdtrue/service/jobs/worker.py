@@ -30,6 +30,7 @@ from holdtrue.service.jobs.tracking import Tracker, TrackingError
 from holdtrue.service.policy import JobRequest, PolicyDocument, RefusalError, resolve
 from holdtrue.service.policy import store as policies
 from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store.away import is_store_away
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import ENDED, File, Job, JobState, Model, Policy
@@ -63,6 +64,7 @@ class Worker:
         self._work = settings.home.absolute() / "work"
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._signer = signing.signer_of(settings)
+        self._waits: dict[str, int] = {}  # how often each job was set aside here
 
     def run(self, stop: threading.Event) -> None:
         """Take jobs until told to stop; a job in hand is then saved and given back."""
@@ -90,6 +92,7 @@ class Worker:
             with held:
                 action = self._train(lease, held)
             bound.info("job done", action=action)
+            self._waits.pop(lease.job_id, None)
         except (LeaseLostError, Interrupted) as error:
             self._stopped(lease, held, error)
         except Exception as error:
@@ -227,9 +230,9 @@ class Worker:
 
     def _failed(self, lease: Lease, error: Exception) -> None:
         log.error("job failed", job=lease.job_id, error=type(error).__name__, exc_info=True)
-        if run_files.is_disk_full(error):
-            lease.release("The service's storage is full; the job goes on when there is room")
-            time.sleep(FAILED_SECONDS)
+        reason = _waits_for(error)
+        if reason is not None:
+            self._set_aside(lease, reason)
             return
         told = _told(error)
         with contextlib.suppress(LeaseLostError), lease.write() as (session, job):
@@ -238,6 +241,13 @@ class Worker:
             else:
                 text = f"The job failed: {told['message']}"
                 lifecycle.move(session, job, "failed", text, error=told, level="error")
+
+    def _set_aside(self, lease: Lease, reason: str) -> None:
+        """Give a job back that nothing is wrong with, and leave it alone for longer each time."""
+        times = self._waits.get(lease.job_id, 0)
+        self._waits[lease.job_id] = times + 1
+        lease.release(reason, after=FAILED_SECONDS * 2 ** min(times, 10))
+        time.sleep(FAILED_SECONDS)  # what keeps this job may keep the next one as well
 
     def _clean(self) -> None:
         """Delete what ended jobs, and lost leases of this process, left on this host."""
@@ -268,6 +278,17 @@ def _tracker(lease: Lease, plan: _Plan, folder: Path) -> Tracker | None:
         with lease.write() as (session, job):
             events.add(session, job, str(error), level="warn", once="wandb")
         return None
+
+
+def _waits_for(error: Exception) -> str | None:
+    """Return what to say of an error that passes while the job waits; ``None`` for any other."""
+    if run_files.is_disk_full(error):
+        return "The service's storage is full; the job goes on when there is room"
+    if is_store_away(error):
+        return "The service's object store cannot be reached; the job goes on when it can"
+    if isinstance(error, policies.PolicyUnreadableError):
+        return "The policy that the job began with cannot be read by this version of the service; the job waits"
+    return None
 
 
 class _CustomerError(RunError):

@@ -185,7 +185,11 @@ class PolicyDocument(_Part):
 
 def parse_policy(text: str, where: str = "policy") -> PolicyDocument:
     """Read a document from YAML; ``SpecError`` lists every fault."""
-    values = parse_yaml(text, where)
+    return read_policy(parse_yaml(text, where), where)
+
+
+def read_policy(values: Any, where: str = "policy") -> PolicyDocument:
+    """Return the document of plain values, such as :meth:`PolicyDocument.canonical` gives; ``SpecError`` as above."""
     if not isinstance(values, Mapping):
         raise SpecError(f"{where}: a policy is a mapping with at least base_model, defenses and gate")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -13,8 +14,13 @@ from sqlalchemy.orm import Session
 from holdtrue.errors import RunError, SpecError
 from holdtrue.runs.spec import differences
 from holdtrue.service import audit, ids
-from holdtrue.service.policy.document import PolicyDocument, parse_policy
+from holdtrue.service.policy.document import PolicyDocument, parse_policy, read_policy
+from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import ActivePolicy, Policy
+
+
+class PolicyUnreadableError(RunError):
+    """A stored version cannot be read as it was written: no job may run under it, or under another in its place."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,17 @@ class Change:
     text: str
 
 
+def meaning(document: PolicyDocument) -> str:
+    """Return all values of a document, defaults included, as one JSON text: comments and order do not count."""
+    return json.dumps(document.canonical(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 def digest(document: PolicyDocument) -> str:
-    """Return the SHA-256 of the canonical document: comments and order do not count."""
-    text = json.dumps(document.canonical(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """Return the SHA-256 of a document's meaning."""
+    return _sha256(meaning(document))
+
+
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -52,6 +66,7 @@ def save(session: Session, text: str, *, actor: str, now: int, note: str = "") -
         base_model=document.base_model,
         version=newest.version + 1 if newest else 1,
         document=text,
+        meaning=meaning(document),
         digest=name,
         note=note,
         created_by=actor,
@@ -101,20 +116,43 @@ def history(session: Session, base_model: str) -> list[Policy]:
 
 
 def document_of(policy: Policy) -> PolicyDocument:
-    """Return the value that a stored version holds.
+    """Return the value that a stored version holds, with the defaults that were in force when it was saved.
 
     Raises:
-        RunError: the stored text is not the one that was written, or this version of holdtrue reads it otherwise:
-            a job must not run under anything but the policy it began with.
+        PolicyUnreadableError: what is stored is not what was written, or this version of holdtrue cannot read it: a
+            job must not run under anything but the policy it began with.
     """
-    document = parse_policy(policy.document, f"policy {policy.base_model} version {policy.version}")
-    if digest(document) != policy.digest:
-        raise RunError(
-            f"version {policy.version} of the policy for {policy.base_model} no longer means what it meant when it was "
-            "written: it was changed in the database, or this version of holdtrue has other defaults. Save it again, "
-            "as a new version"
+    where = f"version {policy.version} of the policy for {policy.base_model}"
+    try:
+        if policy.meaning is None:
+            document = parse_policy(policy.document, where)
+            same = digest(document) == policy.digest
+        else:
+            same = _sha256(policy.meaning) == policy.digest
+            document = read_policy(json.loads(policy.meaning), where) if same else None
+    except ValueError as error:
+        raise PolicyUnreadableError(
+            f"{where} cannot be read by this version of holdtrue. Save it again, as a new version. {error}"
+        ) from error
+    if document is None or not same:
+        raise PolicyUnreadableError(
+            f"{where} no longer means what it meant when it was written: it was changed in the database, or was saved "
+            "by a version of holdtrue with other defaults. Save it again, as a new version"
         )
     return document
+
+
+def keep_meanings(db: Database) -> None:
+    """Store the meaning of versions that have none, where it is still known: before a later version's defaults differ.
+
+    Those that are read otherwise than they were written stay as they are.
+    """
+    with db.read() as session:
+        found = session.scalars(select(Policy.id).where(Policy.meaning.is_(None))).all()
+    for policy_id in found:
+        with db.write() as session, contextlib.suppress(PolicyUnreadableError):
+            policy = session.get_one(Policy, policy_id)
+            policy.meaning = policy.meaning or meaning(document_of(policy))
 
 
 def change(old: Policy, new: Policy) -> Change:

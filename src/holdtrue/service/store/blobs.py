@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 
 from holdtrue.errors import RunError
 from holdtrue.models.digest import tree_digest
 from holdtrue.runs.files import sync_folder
+from holdtrue.service.store.away import Reading, StoreAwayError, reaching
 
 _KEY = re.compile(r"[bt]-[0-9a-f]{32}")
 _SHARE = re.compile(r"[0-9a-f]{2}")
@@ -65,7 +66,7 @@ class Blobs:
 
         Raises:
             BlobError: more than ``limit`` bytes; nothing is kept.
-            OSError: the store is full or away; nothing is kept.
+            StoreAwayError, OSError: the store is away, or full; nothing is kept.
         """
         return self._put(f"b-{secrets.token_hex(16)}", stream, limit)
 
@@ -74,21 +75,36 @@ class Blobs:
 
         Raises:
             RunError: the folder is empty or holds a link.
-            OSError: the store is full or away; nothing is kept.
+            StoreAwayError, OSError: the store is away, or full; nothing is kept.
         """
         key, digest = f"t-{secrets.token_hex(16)}", tree_digest(folder)
         self._put_tree(key, folder, digest)
         return key, digest
 
     def open(self, key: str) -> IO[bytes]:
-        """Open a stored file for reading; ``BlobError`` where there is none."""
+        """Open a stored file for reading.
+
+        Raises:
+            BlobError: there is none.
+            StoreAwayError: the store cannot be reached, now or while the file is read.
+        """
         try:
-            return self._fs.open(self._path(key), "rb")
+            with reaching():
+                return cast("IO[bytes]", Reading(self._fs.open(self._path(key), "rb")))
         except FileNotFoundError:
+            self._check_shares()
             raise BlobError(f"the object store has no {key}") from None
 
+    def check(self) -> None:
+        """Ask the store for something; ``StoreAwayError`` where it does not answer."""
+        if self._local:
+            self._check_folder()
+            return
+        with contextlib.suppress(FileNotFoundError), reaching():
+            self._fs.info(self._path("b-" + "0" * 32))
+
     def fetch(self, key: str, path: Path) -> None:
-        """Copy a stored file to a local path, whole or not at all; ``BlobError`` where there is none."""
+        """Copy a stored file to a local path, whole or not at all; raises as :meth:`open` does."""
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             with self.open(key) as source, draft.open("wb") as target:
@@ -107,6 +123,7 @@ class Blobs:
 
         Raises:
             BlobError: there is none, a file of it is missing, or its digest is another.
+            StoreAwayError: the store cannot be reached.
         """
         names, stored = self._listing(key)
         digest = stored if digest is None else digest
@@ -115,7 +132,11 @@ class Blobs:
             for name in names:
                 target = draft / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with self._fs.open(f"{self._path(key)}/{name}", "rb") as source, target.open("wb") as file:
+                with (
+                    target.open("wb") as file,
+                    reaching(),
+                    self._fs.open(f"{self._path(key)}/{name}", "rb") as source,
+                ):
                     shutil.copyfileobj(source, file, _CHUNK)
             if (found := tree_digest(draft)) != digest:
                 raise BlobError(
@@ -128,6 +149,7 @@ class Blobs:
                 if not folder.is_dir() or tree_digest(folder) != digest:
                     raise
         except FileNotFoundError as error:
+            self._check_shares()
             raise BlobError(f"{key} in the object store lacks a file: {error.filename}") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -160,16 +182,22 @@ class Blobs:
         return digest.hexdigest()
 
     def exists(self, key: str) -> bool:
-        """Say whether a key holds something; what is no key of ours does not."""
+        """Say whether a key holds something; what is no key of ours does not. ``StoreAwayError`` as elsewhere."""
         if _KEY.fullmatch(key) is None:
             return False
         path = self._path(key)
-        return bool(self._fs.exists(f"{path}.list" if key.startswith("t-") else path))
+        try:
+            with reaching():
+                self._fs.info(f"{path}.list" if key.startswith("t-") else path)  # fsspec's exists() hides failures
+        except FileNotFoundError:
+            self._check_folder()
+            return False
+        return True
 
     def delete(self, key: str) -> None:
         """Delete what a key holds; nothing happens where it holds nothing."""
         path = self._path(key)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), reaching():
             if key.startswith("t-"):
                 # The list goes first: a deletion that is cut short leaves no folder that counts.
                 with contextlib.suppress(FileNotFoundError):
@@ -208,19 +236,34 @@ class Blobs:
         """Return when a key was last written to: an object store knows that of files alone."""
         times = [time for entry in entries if (time := _time(entry)) is not None]
         if not times and entries[0]["type"] == "directory":
-            files = self._fs.find(entries[0]["name"], detail=True)
+            with reaching():
+                files = self._fs.find(entries[0]["name"], detail=True)
             times = [time for entry in files.values() if (time := _time(entry)) is not None]
         return max(times, default=None)
 
     def _list(self, path: str) -> list[dict[str, Any]]:
         try:
-            return self._fs.ls(path, detail=True)
+            with reaching():
+                return self._fs.ls(path, detail=True)
         except FileNotFoundError:
             return []
 
+    def _check_folder(self) -> None:
+        """Raise where a local store's folder is not what was opened: its disk is not mounted any more."""
+        if self._local and not Path(self._root, _INCOMING).is_dir():
+            raise StoreAwayError("the object store's folder is gone; is its disk mounted?")
+
+    def _check_shares(self) -> None:
+        """Raise where a key is not found because a local store holds nothing at all: its disk is not mounted.
+
+        A store that was opened without its disk has made its folder for what comes in, but has no share.
+        """
+        if self._local and not any(_SHARE.fullmatch(_name(entry)) for entry in self._list(self._root)):
+            raise StoreAwayError("the object store holds nothing at all; is its disk mounted?")
+
     def _put(self, key: str, stream: IO[bytes], limit: float = float("inf")) -> Blob:
         digest, count = hashlib.sha256(), 0
-        with self._new(self._path(key)) as target:
+        with reaching(writing=True), self._new(self._path(key)) as target:
             while chunk := stream.read(_CHUNK):
                 count += len(chunk)
                 if count > limit:
@@ -233,10 +276,14 @@ class Blobs:
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         try:
             for name in names:
-                with (folder / name).open("rb") as source, self._new(f"{self._path(key)}/{name}") as target:
+                with (
+                    (folder / name).open("rb") as source,
+                    reaching(writing=True),
+                    self._new(f"{self._path(key)}/{name}") as target,
+                ):
                     shutil.copyfileobj(source, target, _CHUNK)
             # A folder counts once its list is there, which comes last.
-            with self._new(f"{self._path(key)}.list") as target:
+            with reaching(writing=True), self._new(f"{self._path(key)}.list") as target:
                 target.write(json.dumps({"sha256": digest, "files": names}).encode())
         except BaseException:
             with contextlib.suppress(Exception):
@@ -245,10 +292,14 @@ class Blobs:
 
     def _listing(self, key: str) -> _Listing:
         try:
-            content = json.loads(self._fs.cat_file(f"{self._path(key)}.list"))
-            names, digest = [str(name) for name in content["files"]], str(content["sha256"])
+            with reaching():
+                text = self._fs.cat_file(f"{self._path(key)}.list")
         except FileNotFoundError:
+            self._check_shares()
             raise BlobError(f"the object store has no {key}") from None
+        try:
+            content = json.loads(text)
+            names, digest = [str(name) for name in content["files"]], str(content["sha256"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise BlobError(f"the list of {key} in the object store is damaged") from None
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -43,10 +43,17 @@ class Database:
         return self.url.get_backend_name() == "sqlite"
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Session]:
-        """A transaction that changes something; on SQLite it takes the write lock at its start, and cannot deadlock."""
+    def write(self, wait: float = BUSY_SECONDS) -> Iterator[Session]:
+        """A transaction that changes something; on SQLite it takes the write lock at its start, and cannot deadlock.
+
+        Args:
+            wait: seconds to wait for other writers where that is less than usual; then SQLAlchemy's
+                ``OperationalError``.
+        """
         with self._sessions() as session:
-            session.connection(execution_options={"holdtrue_write": True})
+            session.connection(execution_options={"holdtrue_write": True, "holdtrue_wait": wait})
+            if wait < BUSY_SECONDS and not self.is_sqlite:
+                session.execute(text(f"SET LOCAL lock_timeout = {round(wait * 1000)}"))
             yield session
             session.commit()
 
@@ -105,5 +112,15 @@ def _prepare_sqlite(connection: Any, record: Any) -> None:
 
 
 def _begin_sqlite(connection: Any) -> None:
-    write = connection.get_execution_options().get("holdtrue_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    options = connection.get_execution_options()
+    if not options.get("holdtrue_write", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    wait, raw = options.get("holdtrue_wait", BUSY_SECONDS), connection.connection.driver_connection
+    if wait < BUSY_SECONDS:
+        raw.execute(f"PRAGMA busy_timeout = {round(wait * 1000)}")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    finally:
+        if wait < BUSY_SECONDS:
+            raw.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")

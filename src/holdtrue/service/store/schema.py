@@ -164,7 +164,11 @@ class UploadPart(Base):
 
 
 class Policy(Base):
-    """One version of a provider's policy for a base model; never changed once written."""
+    """One version of a provider's policy for a base model; never changed once written.
+
+    ``document`` is for people, ``meaning`` is what jobs run under: all values, defaults included, as the version of
+    holdtrue that saved it understood them. ``digest`` is of the meaning.
+    """
 
     __tablename__ = "policies"
     __table_args__ = (UniqueConstraint("base_model", "version"),)
@@ -172,6 +176,7 @@ class Policy(Base):
     base_model: Mapped[str] = mapped_column(String(200))
     version: Mapped[int] = mapped_column(Integer)
     document: Mapped[str] = mapped_column(Text)  # YAML as it was given
+    meaning: Mapped[str | None] = mapped_column(Text)  # None: saved before this column was there, and not read since
     digest: Mapped[str] = mapped_column(String(64))
     note: Mapped[str] = mapped_column(Text, default="")
     created_by: Mapped[str] = mapped_column(String(64))
@@ -231,6 +236,7 @@ class Job(Base):
     tries: Mapped[int] = mapped_column(Integer, default=0)  # leases taken; too many deaths fail the job
     error: Mapped[dict[str, Any] | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    charged_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of what it has trained
     fine_tuned_model: Mapped[str | None] = mapped_column(String(300))
     result_file: Mapped[str | None] = mapped_column(String(64))
     estimated_finish: Mapped[int | None] = mapped_column(BigInteger)
@@ -238,7 +244,7 @@ class Job(Base):
     started_at: Mapped[int | None] = mapped_column(BigInteger)
     finished_at: Mapped[int | None] = mapped_column(BigInteger)
     lease_owner: Mapped[str | None] = mapped_column(String(100))
-    lease_until: Mapped[float | None]
+    lease_until: Mapped[float | None]  # while queued: before this nobody takes it
     fence: Mapped[int] = mapped_column(BigInteger, default=0)
 
 

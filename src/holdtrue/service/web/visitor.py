@@ -52,9 +52,12 @@ async def read_form(request: Request) -> Form:
             raise ApiError(413, f"A form may have {FORM_BYTES} bytes", code="too_large")
         pieces.append(piece)
     try:
-        return parse_qs(b"".join(pieces).decode("utf-8"), keep_blank_values=True, max_num_fields=_FIELDS)
+        form = parse_qs(b"".join(pieces).decode("utf-8"), keep_blank_values=True, max_num_fields=_FIELDS)
     except ValueError:
         raise ApiError(400, "This is no form", code="form") from None
+    if any("\0" in text for name, values in form.items() for text in (name, *values)):
+        raise ApiError(400, "A field holds a NUL character, which no browser lets anybody type", code="form")
+    return form
 
 
 def _own(request: Request) -> bool:
