@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -61,6 +61,14 @@ class GateError(HoldtrueError):
     """A gate failed or stayed undecided."""
 
     exit_code = 3
+
+
+class ScreenError(GateError):
+    """The screen found of the training rows what a limit does not allow; ``exceeded`` has a line for each limit."""
+
+    def __init__(self, exceeded: Sequence[str], advice: str) -> None:
+        self.exceeded = tuple(exceeded)
+        super().__init__(f"the screen stops this run before training: {'; '.join(exceeded)}. {advice}")
 
 
 class BudgetError(HoldtrueError):

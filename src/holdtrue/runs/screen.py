@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from holdtrue.errors import GateError, Interrupted
+from holdtrue.errors import Interrupted, ScreenError
 from holdtrue.runs import files
 from holdtrue.runs.control import Control, interrupted
 from holdtrue.runs.directory import Run
@@ -14,7 +14,7 @@ def screen_stage(run: Run, control: Control) -> dict[str, Any]:
     """Screen the training file; writes ``screen.json``.
 
     Raises:
-        GateError: a limit of the spec is exceeded; the run stays where it is, and nothing was trained.
+        ScreenError: a limit of the spec is exceeded; the run stays where it is, and nothing was trained.
         DataError, NeedError: as :func:`holdtrue.screening.screen_data`.
     """
     from holdtrue.data import resolve_data, validate_chat
@@ -38,10 +38,8 @@ def screen_stage(run: Run, control: Control) -> dict[str, Any]:
         raise interrupted(run.path) from None
     files.write_json(run.path / "screen.json", found.to_json())
     if found.outcome == "stop":
-        raise GateError(
-            f"the screen stops this run before training: {'; '.join(found.exceeded)}. {run.path / 'screen.json'} has "
-            "the rest. To train all the same, raise the limit in the spec and give another --out"
-        )
+        advice = "To train all the same, raise the limit in the spec and give another --out"
+        raise ScreenError(found.exceeded, f"{run.path / 'screen.json'} has the rest. {advice}")
     return {
         "outcome": found.outcome,
         "risk": None if found.risk is None else found.risk.value,

@@ -60,7 +60,6 @@ def test_rows_beyond_the_limit_fail_the_job_before_training(house):
     assert str(house.folder) not in told
 
 
-@pytest.mark.xfail(strict=True, reason="the message is the one that the command line gives to whoever wrote the spec")
 def test_a_refused_customer_is_told_what_a_customer_can_do(house):
     """No word of the provider's spec, its files, or options of a command that the customer does not run."""
     house.policy(screen={**SCREEN, "max_projection": -1e9})

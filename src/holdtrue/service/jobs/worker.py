@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import structlog
 from sqlalchemy import select
 
-from holdtrue.errors import DataError, GateError, HoldtrueError, Interrupted, NeedError, RunError, SpecError
+from holdtrue.errors import DataError, HoldtrueError, Interrupted, NeedError, RunError, ScreenError, SpecError
 from holdtrue.models.digest import file_digest
 from holdtrue.runs import Control, Run, RunSpec, execute
 from holdtrue.runs import files as run_files
@@ -306,8 +306,12 @@ def _told(error: Exception) -> dict[str, Any] | None:
         return {"code": "invalid_hyperparameters", "message": message, "param": error.param}
     if isinstance(error, DataError):
         return {"code": "invalid_training_file", "message": message, "param": "training_file"}
-    if isinstance(error, GateError):
-        return {"code": "screening", "message": message, "param": "training_file"}
+    if isinstance(error, ScreenError):
+        text = (
+            f"the screen of the training file found more than the provider's policy allows: {'; '.join(error.exceeded)}. "
+            "Nothing was trained: look through the file's answers, or ask the provider"
+        )
+        return {"code": "screening", "message": text, "param": "training_file"}
     if isinstance(error, NeedError | SpecError):
         text = "the provider's policy cannot be carried out on this job: " + message
         return {"code": "policy_error", "message": text, "param": None}
