@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import MutableMapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def set_up_logs() -> None:
     logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
 
 
-def exception_places(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
+def exception_places(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Put an exception's type and the places that it passed in the place of itself, for each that led to it as well.
 
     Neither its text nor any value is told: both may quote what a customer sent, or hold a secret.
