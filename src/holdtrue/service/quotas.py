@@ -6,7 +6,7 @@ import datetime
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from limits import RateLimitItemPerMinute
 from limits.storage import storage_from_string
@@ -84,7 +84,7 @@ class RateLimiter:
 
     def mark(self, name: str) -> int:
         """Return a name's mark, 0 where it has none."""
-        return self._storage.get(name)
+        return cast(int, self._storage.get(name))  # of a storage that is not asyncio's
 
     def hit(self, project_id: str, per_minute: int) -> Rate:
         """Count one request."""
