@@ -307,8 +307,9 @@ def _told(error: Exception) -> dict[str, Any] | None:
     if isinstance(error, DataError):
         return {"code": "invalid_training_file", "message": message, "param": "training_file"}
     if isinstance(error, ScreenError):
+        found = "; ".join(error.exceeded)
         text = (
-            f"the screen of the training file found more than the provider's policy allows: {'; '.join(error.exceeded)}. "
+            f"the screen of the training file found what the provider's policy does not allow: {found}. "
             "Nothing was trained: look through the file's answers, or ask the provider"
         )
         return {"code": "screening", "message": text, "param": "training_file"}
