@@ -26,6 +26,7 @@ from holdtrue.service.store.away import StoreAwayError
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import File, Job, Policy
+from holdtrue.service.store.walk import walk
 
 log = structlog.get_logger()
 IDLE_SECONDS = 0.5
@@ -77,8 +78,8 @@ class Dispatcher:
                 log.exception("dispatcher failed")
                 busy = False
             # Apart: what cannot be validated does not keep what has expired, which may be all that fills the disk.
-            if clock.now() - swept >= SWEEP_SECONDS:
-                swept = clock.now()
+            if time.monotonic() - swept >= SWEEP_SECONDS:
+                swept = time.monotonic()
                 try:
                     self.sweep()
                 except Exception:
@@ -88,9 +89,9 @@ class Dispatcher:
 
     def sweep(self) -> None:
         """Remove what has expired."""
-        now = clock.now()
+        now = time.monotonic()  # a clock that is set back would keep the next look waiting
         due = now - self._looked >= ORPHAN_SECONDS
-        found = retention.sweep(self._db, self._blobs, now, self._settings, orphans=due)
+        found = retention.sweep(self._db, self._blobs, clock.now(), self._settings, orphans=due)
         self._looked = now if due else self._looked
         if any(found):
             log.info("removed what had expired", **found._asdict())
@@ -115,9 +116,9 @@ class Dispatcher:
 
     def _next(self) -> str | None:
         """Return the oldest new job of the project whose last turn is the longest ago."""
-        query = select(Job.id, Job.project_id).where(Job.status == "validating_files").order_by(Job.seq)
         with self._db.read() as session:
-            rows = session.execute(query).all()
+            new = walk(session, select(Job.id, Job.project_id), [(Job.status, "validating_files")], Job.seq, down=False)
+            rows = session.execute(new).all()
         ids, now = {row.id for row in rows}, time.monotonic()
         self._aside = {job_id: aside for job_id, aside in self._aside.items() if job_id in ids}
         first: dict[str, str] = {}
