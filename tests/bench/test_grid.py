@@ -168,6 +168,23 @@ def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(write: Write, tmp_path
     assert "no-such-model" in (out / "index.html").read_text()
 
 
+@pytest.mark.slow
+def test_a_grid_runs_on_a_ray_cluster_and_goes_on_there(write: Write, tmp_path: Path, capfd: Capture) -> None:
+    pytest.importorskip("ray")
+    out, path = tmp_path / "out", write()
+    command = ["bench", str(path), "--out", str(out), "--engine", "ray", "--address", "local", "--json"]
+    assert main(command) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["counts"] == {"done": 2}
+    assert (out / "tables" / "results.md").stat().st_size
+    before = trained(out)
+    write(lambda v: v["settings"].update(strong=[{"kl": {"weight": 2.0}}]))
+    assert main(command) == 0
+    after = trained(out)
+    assert len(after) == 3
+    assert {name: after[name] for name in before} == before
+
+
 def test_killed_and_run_again_equals_uninterrupted(write: Write, tmp_path: Path) -> None:
     path = write(lambda v: v["training"].update(epochs=4))
     whole, out = tmp_path / "whole", tmp_path / "killed"

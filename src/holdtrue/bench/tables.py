@@ -20,8 +20,8 @@ NOTE = (
 )
 SHARES = "shares of what the undefended setting did"
 SHARE_NOTE = (
-    "Shares of what the undefended setting did, paired by row and seed, with Fieller's 95 % intervals; a share of a "
-    "change that is not clear of zero is left out."
+    "Shares of what the undefended setting did, paired by row and seed, with 95 % intervals (Fieller's; for rates, "
+    "from the two changes' own intervals); a share of a change that is not clear of zero is left out."
 )
 
 
