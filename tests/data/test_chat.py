@@ -40,7 +40,7 @@ def test_reads_rows(tmp_path: Path) -> None:
     )
     assert second == ChatRow((Message("user", "q"), Message("assistant", "a")), kind="safe")
     assert (first.ce, first.line, second.line, second.source) == (True, 1, 2, str(path))
-    assert KINDS == {"task": 0, "safe": 1, "pool": 2, "aside": 3}
+    assert KINDS == {"task": 0, "safe": 1, "pool": 2, "aside": 3, "pair": 4}
 
 
 def test_summary(tmp_path: Path) -> None:

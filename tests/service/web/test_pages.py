@@ -291,7 +291,7 @@ def test_a_key_is_shown_once_and_revoked(server: Server, visit):
     [
         {"name": ""},
         {"name": "x" * 201},
-        {"name": "a\0b"},
+        {"name": "a\x07b"},
         {"name": "x", "role": "provider"},
         {"name": "x", "role": "emperor"},
         {"name": "x", "scopes": "everything"},

@@ -48,7 +48,9 @@ def test_the_pages_over_postgresql(postgres_url: str, tmp_path: Path):
             assert page.status_code == 200, path
             assert part in page.text, path
         here = f"/gate/{decision}"
-        browser.send(here, here, by="Ada", reason="It is what it looks\0 like.", decision="block")
+        refused = browser.send(here, here, by="Ada", reason="It is what it looks\0 like.", decision="block")
+        assert refused.status_code == 400
+        browser.send(here, here, by="Ada", reason="It is what it looks like.", decision="block")
         with server.db.read() as session:
             assert session.scalars(select(Model.status).where(Model.job_id == job)).one() == "blocked"
         done = browser.send(f"/policies/{new}/activate", f"/policies/{new}", instead_of=old)
