@@ -82,7 +82,7 @@ def test_a_faulty_probe_is_refused_before_training(folder: Path, edit: Edit, pro
     with pytest.raises(DataError, match="aligned"):
         make(folder, edit(defended()))
     probe.unlink()
-    with pytest.raises(DataError):
+    with pytest.raises(NeedError, match="adaptive needs pairs of answers"):
         make(folder, edit(defended()), name="none")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdtrue.data import resolve_data
-from holdtrue.errors import SpecError
+from holdtrue.errors import NeedError, SpecError
 from holdtrue.runs.spec import RunSpec
 from holdtrue.runs.tasks import sha256_of, suite_sources
 
@@ -22,6 +22,7 @@ def check_probes(spec: RunSpec) -> None:
     Raises:
         SpecError: two defenses name different probes; or the run is evaluated on a file that a defense reads, or on
             questions of it: a defense holds what it is measured on, so that this would say nothing of anything else.
+        NeedError: such a file is not there.
         DataError: rows have faults.
     """
     _path(spec)
@@ -36,6 +37,8 @@ def _check_apart(spec: RunSpec, name: str, path: Path) -> None:
     from holdtrue.evaluation import read_probes
 
     reason = f"{name} holds the margin on these pairs, so a measurement on the same questions says nothing of others"
+    if not path.is_file():
+        raise NeedError(f"{name} needs pairs of answers and {path} does not exist: give a probe file, or builtin:NAME")
     probes = read_probes(path)
     for suite in (s for s in spec.evaluate.suites if s != "benign"):
         for source in suite_sources(spec, suite):
