@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import select
@@ -117,7 +117,8 @@ class Dispatcher:
     def _next(self) -> str | None:
         """Return the oldest new job of the project whose last turn is the longest ago."""
         with self._db.read() as session:
-            new = walk(session, select(Job.id, Job.project_id), [(Job.status, "validating_files")], Job.seq, down=False)
+            pairs: Any = select(Job.id, Job.project_id)
+            new = walk(session, pairs, [(Job.status, "validating_files")], Job.seq, down=False)
             rows = session.execute(new).all()
         ids, now = {row.id for row in rows}, time.monotonic()
         self._aside = {job_id: aside for job_id, aside in self._aside.items() if job_id in ids}
