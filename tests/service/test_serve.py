@@ -17,12 +17,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from holdtrue.cli.main import main
 from holdtrue.errors import RunError, SpecError
+from holdtrue.service import tenancy
+from holdtrue.service.api.app import create_app
 from holdtrue.service.evidence import signing
 from holdtrue.service.serve import check_exposure, environment, listen
 from holdtrue.service.settings import ServiceSettings
+from holdtrue.service.store import migrations
 from holdtrue.service.supervisor import Child, Supervisor
 
 
@@ -172,6 +176,29 @@ def test_a_taken_port_is_said_before_a_key_is_made(tmp_path: Path, capsys: pytes
         assert main(["serve", "--port", str(port), "--home", str(tmp_path)]) == 1
     assert "sk-" not in capsys.readouterr().out
     assert not (tmp_path / "service.db").exists()
+
+
+def test_a_store_without_its_disk_is_not_written_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    settings = ServiceSettings(home=tmp_path / "h")
+    app = create_app(settings)
+    migrations.upgrade(app.state.parts.db)
+    key = tenancy.bootstrap(app.state.parts.db).key
+    client = TestClient(app, headers={"authorization": f"Bearer {key}"})
+    assert client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", b"x")}).status_code == 200
+    app.state.parts.db.close()
+    (tmp_path / "h" / "blobs").rename(tmp_path / "disk")
+    for role in ("all", "api", "dispatcher", "worker"):
+        assert main(["serve", "--role", role, "--port", "0", "--home", str(tmp_path / "h")]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "names 1 files and folders" in said
+        assert "mount its disk" in said
+    (tmp_path / "h" / "blobs" / "incoming").rmdir()
+    (tmp_path / "h" / "blobs").rmdir()
+    (tmp_path / "disk").rename(tmp_path / "h" / "blobs")
+    monkeypatch.setattr("holdtrue.service.serve._supervise", lambda *_: None)
+    assert main(["serve", "--port", "0", "--home", str(tmp_path / "h")]) == 0
 
 
 def test_bad_settings_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -78,20 +78,30 @@ def processor() -> Hardware:
     return Hardware(False, CPU_FLOPS * _cores())
 
 
-def estimate_cells(cells: Sequence[Cell], where: Hardware | None = None) -> list[Estimate]:
+class Known:
+    """What was read of data files: given to the next estimate, none is read again."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[Path, list[int]] = {}
+        self.prompts: dict[tuple[str, str, str], int] = {}
+
+
+def estimate_cells(
+    cells: Sequence[Cell], where: Hardware | None = None, known: Known | None = None
+) -> list[Estimate]:
     """Return an estimate for each cell; files are read once.
 
     Args:
         cells: of a grid.
         where: what they run on; by default this machine.
+        known: of an earlier estimate.
 
     Raises:
         DataError: a training file has faults.
     """
     chosen = where or hardware()
-    lengths: dict[str, list[int]] = {}
-    prompts: dict[tuple[str, str, str], int] = {}
-    return [_estimate(cell.spec, chosen, lengths, prompts) for cell in cells]
+    known = known or Known()
+    return [_estimate(cell.spec, chosen, known) for cell in cells]
 
 
 def fitting_workers(estimates: Sequence[Estimate], *, gpu: bool | None = None, free: float | None = None) -> int:
@@ -155,15 +165,14 @@ def memory(count: float, spec: RunSpec, gpu: bool) -> float:
     return count * 2 * wide + states * wide * spec.training.micro_batch_size * spec.training.max_length
 
 
-def _estimate(
-    spec: RunSpec, where: Hardware, lengths: dict[str, list[int]], prompts: dict[tuple[str, str, str], int]
-) -> Estimate:
-    if spec.data.train not in lengths:
-        lengths[spec.data.train] = _lengths(spec)
-    rows = lengths[spec.data.train]
+def _estimate(spec: RunSpec, where: Hardware, known: Known) -> Estimate:
+    from holdtrue.data import resolve_data
+
+    path = resolve_data(spec.data.train, spec.folder)
+    rows = _once(known.lengths, path, lambda: _lengths(path))
     kept = rows[: max(0, len(rows) - spec.data.holdout)]
     tokens = sum(min(n, spec.training.max_length) for n in kept) * spec.training.epochs
-    sampled = _sampled(spec, prompts)
+    sampled = _sampled(spec, known.prompts)
     count = parameters(spec.model)
     if count is None:
         return Estimate(tokens, sampled, None, None, None)
@@ -175,10 +184,9 @@ def _estimate(
     return Estimate(tokens, sampled, count, memory(count, spec, where.gpu), seconds)
 
 
-def _lengths(spec: RunSpec) -> list[int]:
-    from holdtrue.data import read_chat, resolve_data
+def _lengths(path: Path) -> list[int]:
+    from holdtrue.data import read_chat
 
-    path = resolve_data(spec.data.train, spec.folder)
     return [
         sum(math.ceil(len(message.content) / CHARACTERS_A_TOKEN) + TOKENS_A_TURN for message in row.messages)
         for row in read_chat(path)

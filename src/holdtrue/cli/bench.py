@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from holdtrue.bench import Bench, Cell, Estimate, Results
+    from holdtrue.bench import Bench, Cell, Results
+    from holdtrue.bench.estimate import Known
     from holdtrue.engines import Engine
 
 MANY = 200
@@ -74,12 +75,12 @@ def bench(
 
 
 def _engine(name: str, workers: int | None, address: str, before: Bench) -> Engine:
-    from holdtrue.bench.estimate import fitting_workers
+    from holdtrue.bench.estimate import estimate_cells, fitting_workers
     from holdtrue.engines import LocalEngine, RayEngine
 
     if name == "local":
         left = [state.cell for state in before.states if state.status != "done"]
-        return LocalEngine(fitting_workers(_estimates(left)) if workers is None else workers)
+        return LocalEngine(fitting_workers(estimate_cells(left)) if workers is None else workers)
     if name == "ray":
         return RayEngine(address, workers=workers)
     raise SpecError(f"--engine {name}: there are local and ray")
@@ -97,12 +98,6 @@ def _confirm(before: Bench, yes: bool) -> None:
         raise typer.Abort
 
 
-def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
-    from holdtrue.bench import estimate_cells
-
-    return estimate_cells(cells)
-
-
 class _Cost(NamedTuple):
     """What cells take together: seconds and the peak in bytes of a cell, on a GPU and here."""
 
@@ -114,11 +109,11 @@ class _Cost(NamedTuple):
     cpu_peak: float
 
     @classmethod
-    def of(cls, cells: Sequence[Cell]) -> Self:
-        from holdtrue.bench import estimate_cells
-        from holdtrue.bench.estimate import GPU, processor
+    def of(cls, cells: Sequence[Cell], known: Known | None = None) -> Self:
+        from holdtrue.bench.estimate import GPU, Known, estimate_cells, processor
 
-        gpu, cpu = (estimate_cells(cells, where) for where in (GPU, processor()))
+        known = known or Known()
+        gpu, cpu = (estimate_cells(cells, where, known) for where in (GPU, processor()))
         sums = [
             number
             for found in (gpu, cpu)
@@ -138,11 +133,12 @@ class _Cost(NamedTuple):
 
 
 def _dry_result(before: Bench, cells: Sequence[Cell]) -> Result:
-    from holdtrue.bench.estimate import MODEL, hardware
+    from holdtrue.bench.estimate import MODEL, Known, estimate_cells, hardware
 
-    estimates = _estimates(cells)
+    known = Known()
+    estimates = estimate_cells(cells, known=known)
     left = [e for e, state in zip(estimates, before.states, strict=True) if state.status != "done"]
-    cost = _Cost.of([state.cell for state in before.states if state.status != "done"])
+    cost = _Cost.of([state.cell for state in before.states if state.status != "done"], known)
     entries = [
         {**state.to_json(before.out), "estimate": each._asdict()}
         for state, each in zip(before.states, estimates, strict=True)

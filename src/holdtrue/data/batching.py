@@ -28,6 +28,12 @@ GHOST = -1
 """The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""
 
 
+def rows_of_kind(rows: Any, kind: int) -> list[dict[str, Any]]:
+    """Return the rows of a data set that are of a kind, in their order; none where it has no column ``kind``."""
+    kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
+    return [rows[i] for i in np.flatnonzero(np.asarray(kinds) == kind).tolist()]
+
+
 def spread_evenly(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Merge two orders so that the second's items lie at equal distances among the first's."""
     places = np.concatenate([(np.arange(len(items)) + 0.5) / max(1, len(items)) for items in (first, second)])

@@ -40,7 +40,7 @@ def serve(settings: ServiceSettings, role: Role = "all", announce: Callable[[str
     Raises:
         SpecError: an address beyond this machine without a word on TLS; no signing key that all hosts have, over a
             database that they share.
-        RunError: the address is taken.
+        RunError: the address is taken, or the object store's disk is not there.
     """
     if role in ("all", "api"):
         check_exposure(settings)
@@ -92,8 +92,25 @@ def _prepare(settings: ServiceSettings, *, prints: bool) -> str | None:
     """Bring the database up to this version; the first key is made by a role that prints it, and is returned."""
     with contextlib.closing(Database(settings.database)) as db:
         migrations.upgrade(db)
+        _check_store(settings, db)
         policies.keep_meanings(db)
         return tenancy.bootstrap(db).key if prints else None
+
+
+def _check_store(settings: ServiceSettings, db: Database) -> None:
+    """Refuse a bare store beside a database that names content: new content would lie under the disk once mounted."""
+    from holdtrue.service.store.blobs import Blobs
+    from holdtrue.service.store.named import named
+
+    if not Blobs(settings.blobs).is_bare():
+        return
+    with db.read() as session:
+        count = len(named(session))
+    if count:
+        raise RunError(
+            f"the object store at {settings.blobs} holds nothing, and the database names {count} files and folders in "
+            "it: mount its disk, give the right --blob-url, or restore a backup"
+        )
 
 
 def run_role(settings: ServiceSettings, role: str, sock: socket.socket | None = None) -> None:

@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from holdtrue.data.batching import ASIDE, Collator
+from holdtrue.data.batching import ASIDE, Collator, rows_of_kind
 from holdtrue.defenses import Defense
 from holdtrue.errors import NeedError
 from holdtrue.models import causal_lm
@@ -34,8 +33,7 @@ def rows_aside(defenses: Sequence[Defense], rows: Any) -> list[dict[str, Any]]:
     asking = [defense.name for defense in defenses if defense.needs().aside]
     if not asking:
         return []
-    kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
-    found = [rows[i] for i in np.flatnonzero(np.asarray(kinds) == ASIDE).tolist()]
+    found = rows_of_kind(rows, ASIDE)
     if not any(any(row["trained"][1:]) for row in found):
         raise NeedError(
             f"{asking[0]} needs rows of kind 'aside' with answers among the training rows, and there are none: a "

@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from holdtrue.data.batching import PAIR, Collator
+from holdtrue.data.batching import PAIR, Collator, rows_of_kind
 from holdtrue.defenses import Defense, PairGradient, PairTerm
 from holdtrue.errors import NeedError
 from holdtrue.models import causal_lm, without_adapter
@@ -36,8 +35,7 @@ def rows_in_pairs(defenses: Sequence[Defense], rows: Any) -> list[dict[str, Any]
         return []
     if len(asking) > 1:
         raise NeedError(f"{' and '.join(asking)} both read pairs; a run has one set of them")
-    kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
-    found = [rows[i] for i in np.flatnonzero(np.asarray(kinds) == PAIR).tolist()]
+    found = rows_of_kind(rows, PAIR)
     if not found:
         raise NeedError(
             f"{asking[0]} needs rows of kind 'pair' among the training rows, and there are none: a run prepares them; "

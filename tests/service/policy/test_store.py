@@ -135,6 +135,17 @@ def test_every_defense_comes_back_from_what_is_stored(name: str):
     assert read_policy(json.loads(store.meaning(document))) == document
 
 
+def test_a_defense_that_a_further_training_adds_is_stored_with_all_its_values():
+    document = parse_policy(PLAIN + "on_fail: {retrain: [{kl: {weight: 2.0}}, {kl: {weight: 4.0}}]}\n")
+    stored = document.canonical()
+    (added,) = parse([{"kl": {"weight": 2.0}}])
+    assert stored["on_fail"]["retrain"][0] == {"kl": added.model_dump(mode="json")}
+    assert read_policy(stored).defenses_of(2) == document.defenses_of(2)
+    assert read_policy(stored).canonical() == stored
+    changing = parse_policy(FIRST).canonical()
+    assert changing["on_fail"]["retrain"] == [{"kl": {"weight": 10.0}}]  # the rest is the first training's
+
+
 def test_an_invalid_policy_is_not_written(database: Database):
     with database.write() as session, pytest.raises(SpecError, match="gate"):
         store.save(session, f"base_model: {BASE}\ndefenses: []\n", actor="a", now=1)

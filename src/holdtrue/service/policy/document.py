@@ -179,8 +179,19 @@ class PolicyDocument(_Part):
         return tuple(known[name] for name in sorted(known))
 
     def canonical(self) -> dict[str, Any]:
-        """Return the whole document as JSON values, defaults included."""
-        return self.model_dump(mode="json")
+        """Return the whole document as JSON values, defaults included.
+
+        So are those of a defense that a further training adds: another version of holdtrue must not give it others.
+        """
+        values = self.model_dump(mode="json")
+        first = {defense.name for defense in self.defenses}
+        for attempt in range(1, len(self.on_fail.retrain) + 1):
+            whole = {defense.name: defense.model_dump(mode="json") for defense in self.defenses_of(attempt)}
+            values["on_fail"]["retrain"][attempt - 1] = {
+                name: given if name in first else whole[name]
+                for name, given in values["on_fail"]["retrain"][attempt - 1].items()
+            }
+        return values
 
 
 def parse_policy(text: str, where: str = "policy") -> PolicyDocument:

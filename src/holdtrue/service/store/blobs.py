@@ -253,12 +253,16 @@ class Blobs:
         if self._local and not Path(self._root, _INCOMING).is_dir():
             raise StoreAwayError("the object store's folder is gone; is its disk mounted?")
 
-    def _check_shares(self) -> None:
-        """Raise where a key is not found because a local store holds nothing at all: its disk is not mounted.
+    def is_bare(self) -> bool:
+        """Say whether a local store has never held anything; of any other it is not known, and the answer is no.
 
         A store that was opened without its disk has made its folder for what comes in, but has no share.
         """
-        if self._local and not any(_SHARE.fullmatch(_name(entry)) for entry in self._list(self._root)):
+        return self._local and not any(_SHARE.fullmatch(_name(entry)) for entry in self._list(self._root))
+
+    def _check_shares(self) -> None:
+        """Raise where a key is not found because a local store holds nothing at all: its disk is not mounted."""
+        if self.is_bare():
             raise StoreAwayError("the object store holds nothing at all; is its disk mounted?")
 
     def _put(self, key: str, stream: IO[bytes], limit: float = float("inf")) -> Blob:
