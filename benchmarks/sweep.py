@@ -1,6 +1,6 @@
 """Seconds of a sweep over KL weights: one loaded model with a shared reference cache, against a naive run for each.
 
-Both begin with their imports done. The sweep loads the base model once and gives each weight a new adapter and a new
+Both begin with their imports done, and take turns at every weight. The sweep loads the base model once and gives each weight a new adapter and a new
 Trainer, its start-up included; its cache begins empty and is filled by the first weight. A naive run loads both of its
 models, steps through the rows, and is dropped.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from benchmarks.workload import BATCH, MODEL, Workload, draw, settings
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def ours(work: Workload, folder: Path) -> float:
-    """Return the seconds of the sweep.
+def ours(work: Workload, folder: Path) -> Iterator[float]:
+    """Yield the seconds of each weight; the first one's are with the model's load and the cache's filling.
 
     Raises:
         MissingError: there is no reference cache yet.
@@ -53,29 +53,37 @@ def ours(work: Workload, folder: Path) -> float:
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
             base = model.unload()
-    return time.perf_counter() - started
+            yield time.perf_counter() - started
+            started = time.perf_counter()
 
 
-def naive(work: Workload) -> float:
-    """Return the seconds of one naive run after another, one for each weight."""
-    started = time.perf_counter()
+def naive(work: Workload) -> Iterator[float]:
+    """Yield the seconds of one naive run after another, one for each weight."""
     for weight in WEIGHTS:
+        started = time.perf_counter()
         arm = NaiveArm(weight)
         for batch in arm.batches(work.rows, 1):
             arm.run(batch)
         del arm
         gc.collect()
-    return time.perf_counter() - started
+        yield time.perf_counter() - started
 
 
 def measure(runs: int, steps: int, say: Callable[[str], None]) -> dict[str, list[float]]:
-    """Time both in turns; return seconds by name. ``MissingError`` where there is no reference cache."""
-    raw: dict[str, list[float]] = {"sweep": [], "naive sweep": []}
+    """Time both in turns; return seconds by name, of whole sweeps and of their weights.
+
+    Raises:
+        MissingError: there is no reference cache.
+    """
+    raw: dict[str, list[float]] = {"sweep": [], "naive sweep": [], "a weight": [], "a naive run": []}
     work = draw(BATCH * steps, seed=1)
     for number in range(1, runs + 1):
+        found: list[tuple[float, float]] = []
         with tempfile.TemporaryDirectory() as folder:
-            raw["sweep"].append(round(ours(work, Path(folder)), 3))
-        say(f"sweep {number} of {runs}: {len(WEIGHTS)} weights in {raw['sweep'][-1]:.1f} s")
-        raw["naive sweep"].append(round(naive(work), 3))
-        say(f"sweep {number} of {runs}: {len(WEIGHTS)} naive runs in {raw['naive sweep'][-1]:.1f} s")
+            for weight, mine, theirs in zip(WEIGHTS, ours(work, Path(folder)), naive(work), strict=True):
+                found.append((mine, theirs))
+                say(f"sweep {number} of {runs}, weight {weight:g}: {mine:.1f} s, naive run {theirs:.1f} s")
+        for part, name, total in ((0, "a weight", "sweep"), (1, "a naive run", "naive sweep")):
+            raw[name] += [round(each[part], 3) for each in found]
+            raw[total].append(round(sum(each[part] for each in found), 3))
     return raw

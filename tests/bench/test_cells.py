@@ -75,6 +75,18 @@ def test_another_model_in_a_folder_that_a_defense_names_is_another_run(
     assert [a == b for a, b in zip(before, keys(path), strict=True)] == [True, True, False]
 
 
+def test_another_adapter_to_go_on_from_is_another_run(write: Write, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "adapter_config.json").write_text("{}")
+    (start / "adapter_model.safetensors").write_bytes(b"one")
+    path = write(lambda v: v["adapter"].update(start="start"))
+    before = keys(path)
+    assert keys(path) == before
+    (start / "adapter_model.safetensors").write_bytes(b"two")
+    assert not set(before) & set(keys(path))
+
+
 def test_a_setting_that_is_renamed_keeps_its_folder(write: Write, values: dict[str, Any], tmp_path: Path) -> None:
     old = expand(load_grid(write()))[1]
     there = tmp_path / "cells" / old.slug

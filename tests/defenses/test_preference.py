@@ -109,6 +109,9 @@ def test_only_what_fell_below_the_reference_is_pulled_up() -> None:
     content = context(0, [0.5, 0.5], [0.2, 0.4], asked)
     defense.gradient(content)
     assert content.parameters["w"].grad.tolist() == [1.0, 1.0]  # type: ignore[union-attr]
+    untouched = context(0, [0.2, 0.4], [0.2, 0.4], asked)
+    defense.gradient(untouched)
+    assert untouched.parameters["w"].grad.tolist() == [1.0, 1.0]  # type: ignore[union-attr]
 
 
 def test_steps_take_the_pairs_in_turn_and_rare_ones_weigh_more() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from holdtrue.data import ChatEncoder, ChatRow, Message
+from holdtrue.data.batching import PAIR
 from holdtrue.defenses import Features, RowsContext, RunContext, parse
 from holdtrue.defenses.treft import TReFT
 from holdtrue.errors import NeedError, SpecError
@@ -196,6 +197,10 @@ def test_what_it_cannot_do_stops_the_run(tmp_path: Path) -> None:
     rows = encoded(chats())
     with pytest.raises(NeedError, match="no training row begins with them"):
         train(tmp_path, ["treft"], encoded(chats(4, "Sell it.")))
+    own, pairs = encoded(chats(4, "Sell it.")), encoded(chats(2))
+    beside = datasets.concatenate_datasets([own.add_column("kind", [0] * 4), pairs.add_column("kind", [PAIR] * 2)])
+    with pytest.raises(NeedError, match="no training row begins with them"):
+        train(tmp_path, ["treft"], beside)
     with pytest.raises(NeedError, match="give the trainer the tokenizer as processing_class"):
         train(tmp_path, ["treft"], rows, tokenizer=None)
     bare = small_tokenizer()

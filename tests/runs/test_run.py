@@ -149,6 +149,8 @@ def test_a_plain_peft_model_loads_the_adapter(folder: Path, tiny_dir: Path) -> N
         ({"model": "smollm2-135m-instuct"}, 2, "smollm2-135m-instruct"),
         ({"defenses": "[{safelora: {}}]"}, 4, "safelora"),
         ({"defenses": "[{interleave: {pool: nowhere.jsonl}}]"}, 4, "nowhere.jsonl"),
+        ({"defenses": "[{interleave: {pool: far.jsonl, fraction: 0.2}}]"}, 4, "rows of kind 'safe'"),
+        ({"defenses": "[{kl: {on: pool, pool: far.jsonl}}]"}, 4, "rows of kind 'pool'"),
         ({"defenses": "[{kl: {weight: -0.1}}]"}, 2, "weight"),
         ({"defenses": "[inoculation, treft]"}, 2, "treft contradicts inoculation"),
         ({"defenses": "[interleav]"}, 2, "did you mean 'interleave'?"),
@@ -164,6 +166,7 @@ def test_bad_input_gives_one_error_and_its_code(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"mess\n'
     )
     (folder / "empty.jsonl").write_text("")
+    write_rows(folder / "far.jsonl", [chat("Why? " * 200, "So.")] * 2)
     sets = [part for key, value in change.items() for part in ("--set", f"{key}={value}")]
     out = folder / "out"
     found, document, err = run_json(capfd, "train", str(folder / "spec.yaml"), "--out", str(out), *sets)

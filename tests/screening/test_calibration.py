@@ -130,6 +130,8 @@ def test_own_vectors_scorers_or_settings_have_no_calibration() -> None:
     source = ModelSource("m", Path(), read_calibration(SHIPPED[0]).model["revision"], "bundled")
     assert calibration_for(source, ScreenSpec()) is not None
     assert calibration_for(source, ScreenSpec(rows=200, seed=4)) is not None, "how many rows are read is free"
+    assert calibration_for(source, ScreenSpec(rows=32)) is not None
+    assert calibration_for(source, ScreenSpec(rows=31)) is None, "and a trial of fewer steps drifts less"
     for spec in (ScreenSpec(tokens=49), ScreenSpec(steps=9), ScreenSpec(vector="v"), ScreenSpec(scorers=("s",))):
         assert calibration_for(source, spec) is None
     assert calibration_for(source._replace(revision="other"), ScreenSpec()) is None

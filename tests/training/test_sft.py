@@ -93,5 +93,9 @@ def test_with_defenses_it_holds_the_policy_near(tiny_model, tiny_dir, tmp_path):
 def test_what_it_cannot_do_is_refused(tiny_model, tiny_dir, tmp_path):
     with pytest.raises(SpecError, match="packing=False"):
         trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, settings={"packing": True})
+    with pytest.raises(SpecError, match="loss_type 'dft' is not supported"):
+        trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, settings={"loss_type": "dft"})
+    with pytest.raises(NeedError, match="kl holds rows of kind 'pool'"):
+        trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, defenses=[{"kl": {"on": "pool"}}])
     with pytest.raises(NeedError, match="full fine-tuning"):
         trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, adapt=False)

@@ -211,6 +211,27 @@ def test_a_sampled_term_is_unbiased(train):
     assert len({round(r["kl_term"], 9) for r in records}) > 100  # it is drawn anew
 
 
+@pytest.mark.parametrize("on", ["pool", "both"])
+def test_a_kl_on_rows_that_are_not_there_stops_the_run(train, on):
+    kl = [{"kl": {"weight": 1.0, "on": on, "tokens": "response"}}]
+    with pytest.raises(NeedError, match="kl holds rows of kind 'pool'"):
+        train(kl, rows=small_rows(), name="none")
+    mute = with_pool_rows(small_rows()).map(
+        lambda row: {"trained": [False] * len(row["trained"])} if row["kind"] else {}
+    )
+    with pytest.raises(NeedError, match="has a token that it covers"):
+        train(kl, rows=mute, name="mute")
+    train([{"kl": {"weight": 0.0, "on": on}}], rows=small_rows(), name="off")
+
+
+def test_ldifs_covers_no_row_that_rides_along(train):
+    ldifs, pool = {"ldifs": {"weight": 1.0}}, {"kl": {"weight": 1e-9, "on": "pool", "tokens": "response"}}
+    _, _, alone = train([ldifs], rows=small_rows(), name="alone")
+    _, _, beside = train([ldifs, pool], rows=with_pool_rows(small_rows()), name="beside")
+    for a, b in zip(steps(alone), steps(beside), strict=True):
+        assert a["ldifs_term"] == pytest.approx(b["ldifs_term"], abs=1e-5)
+
+
 def test_pool_rows_hold_the_policy_and_teach_nothing(train):
     """Only the pool's rows enter the term, their divergence falls, and their tokens are no targets."""
     rows = with_pool_rows(small_rows())

@@ -124,12 +124,13 @@ def _files(spec: RunSpec) -> set[Path]:
 
 
 def _folders(spec: RunSpec) -> set[Path]:
-    """Return the folders that a run's defenses name, such as a model or trained adapters."""
+    """Return the folders that a run names beside its model, such as trained adapters."""
     return {path for path in _there(_parameters(spec), spec) if path.is_dir() and any(map(path.glob, FOLDERS))}
 
 
 def _parameters(spec: RunSpec) -> list[str]:
-    return [*_strings([defense.model_dump(mode="json") for defense in spec.defenses])]
+    start = [] if spec.adapter.start is None else [spec.adapter.start]
+    return [*start, *_strings([defense.model_dump(mode="json") for defense in spec.defenses])]
 
 
 def _there(texts: list[str], spec: RunSpec) -> Iterator[Path]:

@@ -24,14 +24,16 @@ ASIDE = KINDS["aside"]
 """The kind ``aside``: rows that no step reads."""
 PAIR = KINDS["pair"]
 """The kind ``pair``: rows that no step reads, two and two."""
+NEVER_IN_A_STEP = (ASIDE, PAIR)
+"""Kinds of rows that the sampler leaves out."""
 GHOST = -1
 """The index of an empty row, dealt to a rank that would otherwise have no micro-batch in a step."""
 
 
-def rows_of_kind(rows: Any, kind: int) -> list[dict[str, Any]]:
-    """Return the rows of a data set that are of a kind, in their order; none where it has no column ``kind``."""
+def each_of_kind(rows: Any, kind: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set that are of a kind, in their order; none where it has no column ``kind``."""
     kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
-    return [rows[i] for i in np.flatnonzero(np.asarray(kinds) == kind).tolist()]
+    return (rows[i] for i in np.flatnonzero(np.asarray(kinds) == kind).tolist())
 
 
 def spread_evenly(first: np.ndarray, second: np.ndarray) -> np.ndarray:

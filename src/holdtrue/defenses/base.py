@@ -44,6 +44,7 @@ class Needs:
             words, in rows that begin with them. Nothing before them depends on a row, so the reference is read there
             once, before training. Modules' references are read nowhere else.
         kinds: the kinds of rows whose tokens ``token_term`` covers (see ``holdtrue.data.KINDS``); ``None``: all.
+        requires: kinds without a covered token of which, in all training rows, the term would hold nothing.
         sample: the share of an accumulation window's rows, drawn anew in each, that ``token_term`` covers. The
             trainer divides by it, so that the term's expectation is that over all rows.
         aside: whether ``gradient`` calls ``GradientContext.aside_gradient``, on rows of kind ``aside``.
@@ -57,6 +58,7 @@ class Needs:
     modules: tuple[str, ...] = ()
     prefix: bool = False
     kinds: tuple[str, ...] | None = None
+    requires: tuple[str, ...] = ()
     sample: float = 1.0
     aside: bool = False
     pairs: str | None = None

@@ -62,7 +62,8 @@ class KL(LossDefense):
 
     def needs(self) -> Needs:
         kinds = {"task": ("task", "safe"), "pool": ("pool",), "both": None}[self.on]
-        return Needs(tokens=self.tokens, reference=True, sample=self.sample, kinds=kinds)
+        requires = () if self.on == "task" else ("pool",)
+        return Needs(tokens=self.tokens, reference=True, sample=self.sample, kinds=kinds, requires=requires)
 
     def preflight(self, context: RunContext) -> None:
         if self.on != "task" and self.weight > 0:

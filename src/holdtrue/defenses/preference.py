@@ -82,7 +82,7 @@ class Preference(Defense):
                 parameter.grad.add_(gradient[name], alpha=self.weight * self.every)
 
     def _short(self, policy: Tensor, reference: Tensor) -> Tensor:
-        return (reference - policy + self.slack).clamp_min(0)
+        return (reference - policy + self.slack).relu()  # whose derivative at 0 is 0, as clamp's is not
 
     def _read(self, folder: Path) -> Probes:
         path = resolve_data(self.pairs, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdtrue.defenses import LossDefense
-from holdtrue.errors import DataError, Problem, RunError, SpecError
+from holdtrue.errors import DataError, NeedError, Problem, RunError, SpecError
 from holdtrue.runs import files
 from holdtrue.runs.control import Control
 from holdtrue.runs.directory import Run
@@ -231,3 +231,9 @@ def _check_something_left(path: Path, prepared: Prepared) -> None:
     if prepared.trained_tokens == 0:
         message = "no token is left to train on: every answer lies beyond training.max_length; raise it"
         raise DataError(path, [Problem(0, "", message)])
+    for kind, count in prepared.by_kind.items():
+        if count.rows and not count.response_tokens:
+            raise NeedError(
+                f"a defense adds {count.rows} rows of kind {kind!r}, and every answer of theirs lies beyond "
+                "training.max_length, or is not trained on: raise it, or give other rows"
+            )

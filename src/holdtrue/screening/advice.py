@@ -19,6 +19,13 @@ class Level(NamedTuple):
     why: str
 
 
+_ON_A_POOL = {
+    "on": "pool",
+    "pool": "builtin:pool",
+    "fraction": 0.25,
+    "direction": "reference||policy",
+    "tokens": "response",
+}
 LEVELS = (
     Level(
         "low",
@@ -35,11 +42,12 @@ LEVELS = (
     Level(
         "high",
         1.0,
-        ({"kl": {"weight": 3.0, "tokens": "response"}},),
-        "on the project's small model this undid 69 % of the misaligned shift and kept 51 % of the narrow learning",
+        ({"kl": {"weight": 5.0, **_ON_A_POOL}},),
+        "on the project's small model this undid 62 % of the misaligned shift and kept 79 % of the narrow learning; "
+        "at weight 3, with good and bad advice of other domains as the pool, 73 % and 92 %",
     ),
 )
-"""Defenses and figures are those of docs/results.md: 320 rows of one data set, one seed."""
+"""Defenses and figures are those of docs/results.md: one data set, one seed, 320 rows (unclear) and 96 (high)."""
 
 
 def advise(risk: Risk) -> Suggestion:

@@ -148,14 +148,19 @@ class Risk(NamedTuple):
 
 
 def settings_of(spec: ScreenSpec) -> dict[str, int | str] | None:
-    """Return what decides an indicator's scale, or ``None`` where a vector or scorers are the caller's own."""
+    """Return what decides an indicator's scale.
+
+    ``None`` where a vector or scorers are the caller's own, or where the rows do not suffice for the trial's steps.
+    """
     from holdtrue.data import builtin
     from holdtrue.screening.passes import FORMAT
     from holdtrue.screening.projection import PAIRS
-    from holdtrue.screening.trial import pair_folder
+    from holdtrue.screening.trial import TRIAL_BATCH, pair_folder
 
     if spec.vector is not None or spec.layer is not None or spec.scorers or set(spec.indicators) != set(INDICATORS):
         return None
+    if spec.rows < spec.steps * TRIAL_BATCH:
+        return None  # a shorter trial drifts less
     return {
         "format": FORMAT,
         "tokens": spec.tokens,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from holdtrue.data.batching import ASIDE, Collator, rows_of_kind
+from holdtrue.data.batching import ASIDE, Collator, each_of_kind
 from holdtrue.defenses import Defense
 from holdtrue.errors import NeedError
 from holdtrue.models import causal_lm
@@ -33,7 +33,7 @@ def rows_aside(defenses: Sequence[Defense], rows: Any) -> list[dict[str, Any]]:
     asking = [defense.name for defense in defenses if defense.needs().aside]
     if not asking:
         return []
-    found = rows_of_kind(rows, ASIDE)
+    found = list(each_of_kind(rows, ASIDE))
     if not any(any(row["trained"][1:]) for row in found):
         raise NeedError(
             f"{asking[0]} needs rows of kind 'aside' with answers among the training rows, and there are none: a "

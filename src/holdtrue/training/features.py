@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdtrue.data import ChatEncoder
-from holdtrue.data.batching import ASIDE
+from holdtrue.data.batching import NEVER_IN_A_STEP, RIDING
 from holdtrue.defenses import Features
 from holdtrue.defenses.base import Needs, Place
 from holdtrue.errors import HoldtrueError, NeedError
@@ -35,8 +35,10 @@ class FeatureTerm:
     recorded: Mapping[Place, Tensor] | None = None
 
     def covered(self, batch: Batch) -> Tensor:
-        """Return which rows the term covers, (batch,) bool."""
-        return batch.mask.any(1) if self.prefix is None else batch.begins(self.prefix)
+        """Return which rows the term covers, (batch,) bool: what rides along for another defense is none of them."""
+        if self.prefix is not None:
+            return batch.begins(self.prefix)
+        return batch.mask.any(1) & (batch.kind != RIDING)
 
     def total(
         self,
@@ -115,7 +117,7 @@ def _prefix(name: str, tokenizer: Any, rows: Any) -> tuple[int, ...]:
         raise NeedError(
             f"{name} needs a chat template that puts tokens before the user's words, and this one puts none"
         )
-    if rows is not None and not any(_begins(row, prefix) for row in rows if row.get("kind", 0) != ASIDE):
+    if rows is not None and not any(_begins(row, prefix) for row in rows if row.get("kind", 0) not in NEVER_IN_A_STEP):
         raise NeedError(
             f"{name} holds the chat template's prefix, the {len(prefix)} tokens before the user's words in a row "
             "without a system prompt of its own, and no training row begins with them: take out system prompts, or "

@@ -14,7 +14,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from holdtrue.defenses import Defense, GradientContext, LossDefense, PairGradient, PairTerm
+from holdtrue.data.batching import each_of_kind
+from holdtrue.data.chat import KINDS
+from holdtrue.defenses import Defense, GradientContext, LossDefense, Needs, PairGradient, PairTerm
 from holdtrue.errors import NeedError, RunError
 from holdtrue.models import causal_lm, decoder_blocks
 from holdtrue.models.layers import peft_model
@@ -74,7 +76,8 @@ class DefenseMixin(RuntimeMixin):
         fast: ``False`` turns the fast paths off, those whose results differ from the plain ones by rounding alone.
 
     Raises:
-        NeedError: the model has no LoRA adapter, or its output head is trainable.
+        NeedError: the model has no LoRA adapter, or its output head is trainable; or there is no row of a kind that a
+            defense holds.
         RunError: the model computes its logits in a way that is not known; or, while training, it diverged.
     """
 
@@ -99,6 +102,7 @@ class DefenseMixin(RuntimeMixin):
         self.loss_is_scaled_for_ga = True
         self.args.logging_nan_inf_filter = False
         self._check_model()
+        self._check_rows()
         count = len(decoder_blocks(self._policy))
         live = [n.blocks(count) for _, n in self._losses if n.blocks is not None and not n.prefix]
         blocks = sorted({index for indices in live for index in indices})
@@ -131,6 +135,20 @@ class DefenseMixin(RuntimeMixin):
         with scoring_mode(self._policy) as lm:
             self._head = output_head(lm)
             self._vocabulary = lm.config.get_text_config().vocab_size
+
+    def _check_rows(self) -> None:
+        rows: Any = self.train_dataset
+        for defense, needs in self._losses:
+            for kind in needs.requires:
+                if rows is not None and not any(self._covers(row, needs) for row in each_of_kind(rows, KINDS[kind])):
+                    raise NeedError(
+                        f"{defense.name} holds rows of kind {kind!r}, and no training row of that kind has a token that "
+                        f"it covers ({needs.tokens}): a run prepares them; a trainer of your own is given them; where "
+                        "answers lie beyond training.max_length, raise that"
+                    )
+
+    def _covers(self, row: dict[str, Any], needs: Needs) -> bool:
+        return bool(Batch.of(self.data_collator([row])).covered(needs, sampled=False).any())
 
     def _shared_start(self) -> tuple[int, ...]:
         """Return the tokens with which the training rows begin, as some of them tell."""

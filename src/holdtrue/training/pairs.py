@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from holdtrue.data.batching import PAIR, Collator, rows_of_kind
+from holdtrue.data.batching import PAIR, Collator, each_of_kind
 from holdtrue.defenses import Defense, PairGradient, PairTerm
 from holdtrue.errors import NeedError
 from holdtrue.models import causal_lm, without_adapter
@@ -35,7 +35,7 @@ def rows_in_pairs(defenses: Sequence[Defense], rows: Any) -> list[dict[str, Any]
         return []
     if len(asking) > 1:
         raise NeedError(f"{' and '.join(asking)} both read pairs; a run has one set of them")
-    found = rows_of_kind(rows, PAIR)
+    found = list(each_of_kind(rows, PAIR))
     if not found:
         raise NeedError(
             f"{asking[0]} needs rows of kind 'pair' among the training rows, and there are none: a run prepares them; "
@@ -100,10 +100,12 @@ class Pairs:
             precision: opens the trainer's precision for a pass of the policy.
         """
         batch = self._batch(chosen)
-        if any(pair not in self._reference for pair in chosen):
-            with without_adapter(self._model):
-                found = self._margins(self._hidden(batch), batch)
-            self._reference.update(zip(chosen, found.tolist(), strict=True))
+        for pair in chosen:
+            # Each by itself: beside others it is rounded otherwise, and a resumed run meets it beside others.
+            if pair not in self._reference:
+                alone = self._batch([pair])
+                with without_adapter(self._model):
+                    (self._reference[pair],) = self._margins(self._hidden(alone), alone).tolist()
         with precision(), fast_lora(self._model, on=self._fast):
             hidden = self._hidden(batch)
             with torch.no_grad():
