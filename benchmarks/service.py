@@ -297,43 +297,62 @@ class Filler:
         yield {"job_id": other, "project_id": self.neighbor, "seq": seq + 1, "key": "elsewhere", "value": "yes"}
 
 
-def growth(sizes: Sequence[int], database: str | None, rounds: int) -> dict[str, Any]:
-    """Return latencies of reads by the number of jobs, how they grow to the most, and which of them too much."""
-    import httpx
+def growth(sizes: Sequence[int], databases: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Return latencies of reads by the number of jobs, how they grow to the most, and which of them too much.
 
-    from holdtrue.service.settings import ServiceSettings
-    from holdtrue.service.store.database import Database
+    Each size has a service and a database of its own, and all sizes take turns: what else the machine does falls on all.
 
-    with tempfile.TemporaryDirectory(prefix="holdtrue-growth-") as folder:
-        home = Path(folder) / "home"
-        environment = {"HOLDTRUE_LIMITS": json.dumps({"requests_per_minute": 10**9})}
-        if database is not None:
-            environment["HOLDTRUE_DATABASE_URL"] = database
-        with service(home, "--role", "api", **environment) as (url, key):
-            db = Database(database or ServiceSettings(home=home).database)
-            http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60)
-            filler = Filler(db, make_job(http))
-            found: dict[int, dict[str, dict[str, float]]] = {}
-            for size in sizes:
-                ways = reads(*filler.fill(size))
-                say(f"{size} jobs")
-                taken: dict[str, list[float]] = collections.defaultdict(list)
-                for turn in range(rounds + 5):
-                    for name, read in ways.items():
-                        begun = time.perf_counter()
-                        read.get(http)
-                        if turn >= 5:  # the first warm what is kept
-                            taken[name].append(time.perf_counter() - begun)
-                found[size] = {name: spread(each) for name, each in taken.items()}
-            db.close()
+    Args:
+        sizes: numbers of jobs.
+        databases: URLs of empty PostgreSQL databases, one for each size; none for SQLite.
+        rounds: how often each read is timed at each size.
+    """
+    if databases and len(databases) != len(sizes):
+        raise SystemExit(f"{len(sizes)} sizes need as many empty databases, and {len(databases)} are given")
+    with tempfile.TemporaryDirectory(prefix="holdtrue-growth-") as folder, contextlib.ExitStack() as open_now:
+        timed: dict[int, tuple[Any, dict[str, Read]]] = {}
+        for size, database in itertools.zip_longest(sizes, databases):
+            timed[size] = open_now.enter_context(filled(size, Path(folder) / str(size), database))
+            say(f"{size} jobs")
+        taken: dict[int, dict[str, list[float]]] = {size: collections.defaultdict(list) for size in sizes}
+        for turn in range(rounds + 5):
+            for name in timed[sizes[0]][1]:
+                for size in sizes if turn % 2 else reversed(sizes):
+                    http, ways = timed[size]
+                    begun = time.perf_counter()
+                    ways[name].get(http)
+                    if turn >= 5:  # the first warm what is kept
+                        taken[size][name].append(time.perf_counter() - begun)
+        found = {size: {name: spread(each) for name, each in times.items()} for size, times in taken.items()}
         first, last = found[sizes[0]], found[sizes[-1]]
         grown = {name: round(last[name]["p50_ms"] / first[name]["p50_ms"], 2) for name in first}
         return {
-            "database": "SQLite" if database is None else "PostgreSQL",
+            "database": "PostgreSQL" if databases else "SQLite",
             "latency": found,
             "growth": grown,
             "too_much": sorted(name for name, times in grown.items() if times > MOST_GROWTH),
         }
+
+
+@contextlib.contextmanager
+def filled(size: int, home: Path, database: str | None) -> Iterator[tuple[Any, dict[str, Read]]]:
+    """Start an API process over a database with so many jobs; yield a client and what it reads."""
+    import httpx
+
+    from holdtrue.service.evidence import signing
+    from holdtrue.service.settings import ServiceSettings
+    from holdtrue.service.store.database import Database
+
+    environment = {"HOLDTRUE_LIMITS": json.dumps({"requests_per_minute": 10**9})}
+    if database is not None:
+        signing.make_key(key := home.with_suffix(".pem"))
+        environment |= {"HOLDTRUE_DATABASE_URL": database, "HOLDTRUE_SIGNING_KEY": str(key)}
+    with service(home, "--role", "api", **environment) as (url, secret):
+        with (
+            httpx.Client(base_url=url, headers={"authorization": f"Bearer {secret}"}, timeout=60) as http,
+            contextlib.closing(Database(database or ServiceSettings(home=home).database)) as db,
+        ):
+            yield http, reads(*Filler(db, make_job(http)).fill(size))
 
 
 def make_job(http: Any) -> str:
@@ -356,7 +375,7 @@ def main() -> int:
     loaded.add_argument("--seconds", type=float, default=120.0)
     grown = ways.add_parser("growth")
     grown.add_argument("--jobs", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
-    grown.add_argument("--database", help="an empty PostgreSQL database's URL; otherwise SQLite")
+    grown.add_argument("--database", nargs="+", default=[], help="URLs of empty PostgreSQL databases, one for each size")
     grown.add_argument("--rounds", type=int, default=60, help="how often each read is timed at each size")
     asked = parser.parse_args()
     if asked.way == "load":

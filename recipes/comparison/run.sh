@@ -20,8 +20,7 @@ small=(--set training.batch_size=4 --set training.micro_batch_size=4 --set train
 "$holdtrue" bench choose.yaml --out choose  # tried on other rows and other pairs
 "$holdtrue" bench grid.yaml --out grid ||   # the tables and figures; treft cannot hold OpSwap's rows, and its cell fails
     [ $? = 1 ]
-"$holdtrue" bench again.yaml --out again    # a second seed, and a second advice set
-"$holdtrue" train code.yaml --out code
+"$holdtrue" bench again.yaml --out again    # a second seed, a second advice set, and code
 
 # Under triggers, and in sampled answers.
 for run in grid/cells/{undefended,kl,kl-both-kl.weight-{1,3},preference-pool,preference-preference.weight-{0.3,1},ldifs,interleave,interleave-gap,safelora}-finance-*; do
