@@ -300,7 +300,7 @@ class Filler:
 def growth(sizes: Sequence[int], databases: Sequence[str], rounds: int) -> dict[str, Any]:
     """Return latencies of reads by the number of jobs, how they grow to the most, and which of them too much.
 
-    Each size has a service and a database of its own, and all sizes take turns: what else the machine does falls on all.
+    Each size has a service and a database of its own, and all take turns: what else the machine does falls on all.
 
     Args:
         sizes: numbers of jobs.
@@ -347,12 +347,12 @@ def filled(size: int, home: Path, database: str | None) -> Iterator[tuple[Any, d
     if database is not None:
         signing.make_key(key := home.with_suffix(".pem"))
         environment |= {"HOLDTRUE_DATABASE_URL": database, "HOLDTRUE_SIGNING_KEY": str(key)}
-    with service(home, "--role", "api", **environment) as (url, secret):
-        with (
-            httpx.Client(base_url=url, headers={"authorization": f"Bearer {secret}"}, timeout=60) as http,
-            contextlib.closing(Database(database or ServiceSettings(home=home).database)) as db,
-        ):
-            yield http, reads(*Filler(db, make_job(http)).fill(size))
+    with (
+        service(home, "--role", "api", **environment) as (url, secret),
+        httpx.Client(base_url=url, headers={"authorization": f"Bearer {secret}"}, timeout=60) as http,
+        contextlib.closing(Database(database or ServiceSettings(home=home).database)) as db,
+    ):
+        yield http, reads(*Filler(db, make_job(http)).fill(size))
 
 
 def make_job(http: Any) -> str:
@@ -375,7 +375,9 @@ def main() -> int:
     loaded.add_argument("--seconds", type=float, default=120.0)
     grown = ways.add_parser("growth")
     grown.add_argument("--jobs", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
-    grown.add_argument("--database", nargs="+", default=[], help="URLs of empty PostgreSQL databases, one for each size")
+    grown.add_argument(
+        "--database", nargs="+", default=[], help="URLs of empty PostgreSQL databases, one for each size"
+    )
     grown.add_argument("--rounds", type=int, default=60, help="how often each read is timed at each size")
     asked = parser.parse_args()
     if asked.way == "load":

@@ -1,8 +1,8 @@
 """Seconds of a sweep over KL weights: one loaded model with a shared reference cache, against a naive run for each.
 
-Both begin with their imports done, and take turns at every weight. The sweep loads the base model once and gives each weight a new adapter and a new
-Trainer, its start-up included; its cache begins empty and is filled by the first weight. A naive run loads both of its
-models, steps through the rows, and is dropped.
+Both begin with their imports done, and take turns at every weight. The sweep loads the base model once and gives each
+weight a new adapter and a new Trainer, its start-up included; its cache begins empty and is filled by the first weight.
+A naive run loads both of its models, steps through the rows, and is dropped.
 """
 
 from __future__ import annotations

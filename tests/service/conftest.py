@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from holdtrue.service.evidence import signing
 from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
 from house import House, build_house
 from support import free_port
 
-PARTS = ("service/api/", "service/test_serve", "service/test_real_client")
-ON_BOTH = ("api/test_tenants", "api/test_attacks", "api/test_sdk")
-"""What of the API every run of the tests tries on PostgreSQL too; the rest is slow there, for `make test-service`."""
+PARTS = ("service/api/", "service/web/", "service/test_serve", "service/test_real_client")
+ON_BOTH = ("api/test_tenants", "api/test_attacks", "api/test_sdk", "web/test_sessions")
+"""What of the API and the pages each run tries on PostgreSQL too; the rest is slow there, for `make test-service`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,6 +118,17 @@ def empty_db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
     found = Database(f"sqlite:///{tmp_path / 'service.db'}" if sqlite else request.getfixturevalue("postgres_url"))
     yield found
     found.close()
+
+
+@pytest.fixture
+def chosen(empty_db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """Each database, with the schema of today, as commands find it with ``--home``: that of ``tmp_path``."""
+    if empty_db.engine.dialect.name == "postgresql":
+        signing.make_key(tmp_path / "signing-key.pem")
+        monkeypatch.setenv("HOLDTRUE_SIGNING_KEY", str(tmp_path / "signing-key.pem"))
+        monkeypatch.setenv("HOLDTRUE_DATABASE_URL", empty_db.engine.url.set(drivername="postgresql").render_as_string())
+    migrations.upgrade(empty_db)
+    return empty_db
 
 
 @pytest.fixture

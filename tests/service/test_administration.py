@@ -12,18 +12,13 @@ from sqlalchemy import update
 from holdtrue.cli.main import main
 from holdtrue.errors import SpecError
 from holdtrue.service import audit, auth, quotas, tenancy
-from holdtrue.service.settings import ServiceSettings
-from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import AuditEntry
 
 
 @pytest.fixture
-def db(tmp_path: Path):
-    found = Database(ServiceSettings(home=tmp_path).database)
-    migrations.upgrade(found)
-    yield found
-    found.close()
+def db(chosen: Database) -> Database:
+    return chosen
 
 
 @pytest.fixture

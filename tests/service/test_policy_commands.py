@@ -22,14 +22,9 @@ BASE = "smollm2-135m-instruct"
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    folder = tmp_path / "home"
-    folder.mkdir()
-    db = Database(ServiceSettings(home=folder).database)
-    migrations.upgrade(db)
-    tenancy.bootstrap(db)
-    db.close()
-    return folder
+def home(chosen: Database, tmp_path: Path) -> Path:
+    tenancy.bootstrap(chosen)
+    return tmp_path
 
 
 @pytest.fixture

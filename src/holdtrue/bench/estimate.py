@@ -86,9 +86,7 @@ class Known:
         self.prompts: dict[tuple[str, str, str], int] = {}
 
 
-def estimate_cells(
-    cells: Sequence[Cell], where: Hardware | None = None, known: Known | None = None
-) -> list[Estimate]:
+def estimate_cells(cells: Sequence[Cell], where: Hardware | None = None, known: Known | None = None) -> list[Estimate]:
     """Return an estimate for each cell; files are read once.
 
     Args:

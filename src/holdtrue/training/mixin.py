@@ -142,9 +142,9 @@ class DefenseMixin(RuntimeMixin):
             for kind in needs.requires:
                 if rows is not None and not any(self._covers(row, needs) for row in each_of_kind(rows, KINDS[kind])):
                     raise NeedError(
-                        f"{defense.name} holds rows of kind {kind!r}, and no training row of that kind has a token that "
-                        f"it covers ({needs.tokens}): a run prepares them; a trainer of your own is given them; where "
-                        "answers lie beyond training.max_length, raise that"
+                        f"{defense.name} holds rows of kind {kind!r}, and no training row of that kind has a token "
+                        f"that it covers ({needs.tokens}): a run prepares them; a trainer of your own is given them; "
+                        "where answers lie beyond training.max_length, raise that"
                     )
 
     def _covers(self, row: dict[str, Any], needs: Needs) -> bool:

@@ -1,6 +1,5 @@
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from holdtrue.service import ids
 from holdtrue.service.policy import default_document, parse_policy, store
 from holdtrue.service.policy.document import read_policy
 from holdtrue.service.store.database import Database
-from holdtrue.service.store.schema import Base, Policy
+from holdtrue.service.store.schema import Policy
 
 BASE = "smollm2-135m-instruct"
 FIRST = default_document(BASE)
@@ -22,11 +21,8 @@ SECOND = FIRST.replace("weight: 3.0", "weight: 5.0")
 
 
 @pytest.fixture
-def database(tmp_path: Path):
-    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
-    Base.metadata.create_all(database.engine)
-    yield database
-    database.close()
+def database(db: Database) -> Database:
+    return db
 
 
 def test_versions_count_up_and_an_equal_document_is_no_new_one(database: Database):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -39,11 +40,15 @@ class Browserless:
         return self
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = start(tmp_path_factory.mktemp("web") / "home")
-    yield found
-    stop(found)
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with contextlib.ExitStack() as held:
+        more = {}
+        if request.param == "postgresql":
+            more["HOLDTRUE_DATABASE_URL"] = held.enter_context(request.getfixturevalue("postgres").database())
+        found = start(tmp_path_factory.mktemp("web") / "home", **more)
+        yield found
+        stop(found)
 
 
 @pytest.fixture(scope="session")
