@@ -85,7 +85,7 @@ def test_a_changed_audit_entry_shows(db: Database, run: Any, column: str):
         for number in range(4):
             audit.add(session, "me", "test", f"x{number}", now=number, detail={"n": number})
     assert run("audit", "verify")["broken"] is None
-    changed = {"at": 99, "detail": {"n": 9}}.get(column, "0" * 64)
+    changed = {"at": 99, "detail": {"n": 9}, "action": "other"}.get(column, "0" * 64)
     with db.write() as session:
         session.execute(update(AuditEntry).where(AuditEntry.seq == 4).values({column: changed}))
     assert run("audit", "verify", code=1)["broken"] == 4
