@@ -70,11 +70,12 @@ class Rate(NamedTuple):
 class RateLimiter:
     """Requests a minute over a sliding window; in memory for one API process, in Redis for several.
 
-    Beside the counts it keeps marks: what all API processes are to know for some minutes.
+    Beside the counts it keeps marks: what all API processes are to know for some minutes. All that it does raises the
+    ``StorageError`` of ``limits`` where its storage cannot be reached.
     """
 
     def __init__(self, storage: str = "memory://") -> None:
-        self._storage = storage_from_string(storage)
+        self._storage = storage_from_string(storage, wrap_exceptions=True)
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
 
     def set_mark(self, name: str, seconds: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from limits.errors import StorageError
 from pydantic import BaseModel
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -114,6 +115,8 @@ def translate(error: Exception) -> ApiError:
             return _unavailable("The service cannot reach its database at the moment")
         case StoreAwayError():
             return _unavailable("The service cannot reach its object store at the moment")
+        case StorageError():
+            return _unavailable("The service cannot count requests at the moment")
         case PolicyUnreadableError():
             return _unavailable("The service cannot read the policy of this model at the moment")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
