@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import delete, exists, or_, select, update
+from sqlalchemy import delete, exists, or_, select
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit
@@ -118,12 +118,19 @@ def _close_uploads(session: Session, now: int, gone: list[str]) -> int:
 
 
 def _forget_models(session: Session, gone: list[str]) -> int:
+    """Take the adapters of deleted models, and those of trainings of a job that were done again for its model."""
     query = select(Model).where(Model.status == "deleted", Model.adapter.is_not(None))
     rows = session.scalars(query.order_by(Model.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
     for row in rows:
-        gone += [row.adapter] if row.adapter else []
-        same = (GateDecision.job_id == row.job_id, GateDecision.adapter == row.adapter)
-        session.execute(update(GateDecision).where(*same).values(adapter=""))
+        adapters = {row.adapter} if row.adapter else set()
+        mine = GateDecision.adapter == row.adapter
+        if row.kind == "tuned":
+            mine = or_(mine, GateDecision.action == "retrain")
+        decisions = select(GateDecision).where(GateDecision.job_id == row.job_id, GateDecision.adapter != "", mine)
+        for decision in session.scalars(decisions):
+            adapters.add(decision.adapter)
+            decision.adapter = ""
+        gone += sorted(adapters)
         row.adapter = None
     return len(rows)
 
