@@ -20,7 +20,7 @@ from house import House, build_house
 from support import free_port
 
 PARTS = ("service/api/", "service/test_serve", "service/test_real_client")
-ON_BOTH = ("api/test_tenants", "api/test_attacks", "api/test_sdk")
+ON_BOTH = ("api/test_tenants", "api/test_attacks", "api/test_sdk", "api/test_races")
 """What of the API every run of the tests tries on PostgreSQL too; the rest is slow there, for `make test-service`."""
 
 

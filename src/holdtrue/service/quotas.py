@@ -166,13 +166,18 @@ def check_tokens(session: Session, project_id: str, limits: Limits, *, now: int)
 
 
 def lock_project(session: Session, project_id: str) -> None:
-    """Let nobody else add to what a project has until the transaction ends."""
+    """Let nobody else add to what a project has until the transaction ends.
+
+    Transactions wait for each other in one order, so that no two do so in a circle: projects (several by their ids),
+    kept answers, files, uploads and their parts, models, gate decisions, states, jobs, browsers' sessions, keys, and at
+    last the audit log. Who needs several locks takes them in this order, or passes over what is locked. A worker begins
+    with its job, and those who come from the project leave jobs under way alone.
+    """
     session.get_one(Project, project_id, with_for_update=True)
 
 
 def check_jobs(session: Session, project_id: str, limits: Limits) -> None:
-    """Refuse a job beyond those that a project may have at once (``QuotaError``); serializes a project's creations."""
-    lock_project(session, project_id)
+    """Refuse a job beyond those that a project may have at once (``QuotaError``); the project is locked."""
     active = jobs_active(session, project_id)
     if active >= limits.jobs_active:
         raise QuotaError(
@@ -183,19 +188,15 @@ def check_jobs(session: Session, project_id: str, limits: Limits) -> None:
         )
 
 
-def check_storage(
-    session: Session, project_id: str, limits: Limits, more: int, *, lock: bool = True, upload: str | None = None
-) -> None:
+def check_storage(session: Session, project_id: str, limits: Limits, more: int, *, upload: str | None = None) -> None:
     """Refuse bytes beyond those that a project may store (``QuotaError``), in files and in parts of pending uploads.
 
     Args:
-        session: of the transaction that writes the row of what comes.
+        session: of the transaction that writes the row of what comes, in which the project is locked; of any other,
+            what is found may have changed since.
         more: bytes that come.
-        lock: serialize this with all else that the project stores; without it, what is found may have changed.
         upload: whose parts do not count, since they end as the file that comes.
     """
-    if lock:
-        lock_project(session, project_id)
     files, parts = stored_bytes(session, project_id), pending_bytes(session, project_id, besides=upload)
     if files + parts + more > limits.storage_bytes:
         unfinished = f" and the {parts} of unfinished uploads" if parts else ""

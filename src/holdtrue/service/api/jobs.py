@@ -103,6 +103,7 @@ def _wishes(body: schemas.JobCreate) -> tuple[str, dict[str, Any]]:
 def _create(
     session: Session, caller: Caller, body: schemas.JobCreate, prefix: str, wishes: dict[str, Any]
 ) -> schemas.FineTuningJob:
+    """Create a job; the project is locked, so that what is looked up here stays until the job names it."""
     now = clock.now()
     model = get_model(session, caller.project_id, body.model)
     _training_file(session, caller, body.training_file, "training_file")
