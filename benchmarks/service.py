@@ -1,10 +1,11 @@
 """The service under load, and its reads among many jobs.
 
-``python -m benchmarks.service load [--clients 50] [--seconds 120]`` starts a whole service on SQLite, lets it tune
-SmolLM2 on real rows, and meanwhile has clients of OpenAI's read, upload and chat. ``python -m benchmarks.service growth
-[--jobs 100 1000 10000 100000] [--rounds 60] [--database URL]`` fills a database with jobs and times reads over HTTP,
-each size in turns. Both print one JSON document, and exit with 1 where what they saw is not as it should be; what is
-measured is on the loopback address, clients beside the server.
+``python -m benchmarks.service load [--clients 50] [--seconds 120] [--database URL]`` starts a whole service, lets it
+tune SmolLM2 on real rows, and meanwhile has clients of OpenAI's read, upload and chat. ``python -m benchmarks.service
+growth [--jobs 100 1000 10000 100000] [--rounds 60] [--database URL...]`` fills a database for each size with jobs and
+times reads over HTTP, the sizes in turns. Both are on SQLite unless empty databases of PostgreSQL's are named. Both print one JSON
+document, and exit with 1 where what they saw is not as it should be; what is measured is on the loopback address,
+clients beside the server.
 """
 
 from __future__ import annotations
@@ -56,6 +57,21 @@ def service(home: Path, *options: str, **environment: str) -> Iterator[tuple[str
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def over(database: str | None, folder: Path) -> dict[str, str]:
+    """Return the variables of a service over a database; one that hosts could share wants a named signing key."""
+    if database is None:
+        return {}
+    from holdtrue.service.evidence import signing
+
+    signing.make_key(folder / "signing-key.pem")
+    return {"HOLDTRUE_DATABASE_URL": database, "HOLDTRUE_SIGNING_KEY": str(folder / "signing-key.pem")}
+
+
+def kind_of(database: str | None) -> str:
+    """Return the name of a database's kind."""
+    return "SQLite" if database is None else "PostgreSQL"
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -117,12 +133,13 @@ class Clients:
                 self.failed[f"{kind}: {type(error).__name__}"] += 1
 
 
-def load(clients: int, seconds: float) -> dict[str, Any]:
+def load(clients: int, seconds: float, database: str | None = None) -> dict[str, Any]:
     """Return what clients saw while a job trained, and whether the job's events are whole."""
     with data_file()[0].open("rb") as file:
         content = b"".join(itertools.islice(file, 48))
     with tempfile.TemporaryDirectory(prefix="holdtrue-load-") as folder:
-        with service(Path(folder) / "home", HOLDTRUE_THREADS="1") as (url, key):
+        environment = {"HOLDTRUE_THREADS": "1", **over(database, Path(folder))}
+        with service(Path(folder) / "home", **environment) as (url, key):
             from openai import OpenAI
 
             plain = OpenAI(base_url=url, api_key=key, timeout=300)
@@ -150,6 +167,7 @@ def load(clients: int, seconds: float) -> dict[str, Any]:
         steps = sorted(int(data["step"]) for data in trained)
         planned = max((int(data["total_steps"]) for data in trained), default=0)
         return {
+            "database": kind_of(database),
             "clients": clients,
             "seconds": seconds,
             "job_during": during,
@@ -327,7 +345,7 @@ def growth(sizes: Sequence[int], databases: Sequence[str], rounds: int) -> dict[
         first, last = found[sizes[0]], found[sizes[-1]]
         grown = {name: round(last[name]["p50_ms"] / first[name]["p50_ms"], 2) for name in first}
         return {
-            "database": "PostgreSQL" if databases else "SQLite",
+            "database": kind_of(databases[0] if databases else None),
             "latency": found,
             "growth": grown,
             "too_much": sorted(name for name, times in grown.items() if times > MOST_GROWTH),
@@ -339,14 +357,11 @@ def filled(size: int, home: Path, database: str | None) -> Iterator[tuple[Any, d
     """Start an API process over a database with so many jobs; yield a client and what it reads."""
     import httpx
 
-    from holdtrue.service.evidence import signing
     from holdtrue.service.settings import ServiceSettings
     from holdtrue.service.store.database import Database
 
-    environment = {"HOLDTRUE_LIMITS": json.dumps({"requests_per_minute": 10**9})}
-    if database is not None:
-        signing.make_key(key := home.with_suffix(".pem"))
-        environment |= {"HOLDTRUE_DATABASE_URL": database, "HOLDTRUE_SIGNING_KEY": str(key)}
+    home.mkdir()
+    environment = {"HOLDTRUE_LIMITS": json.dumps({"requests_per_minute": 10**9}), **over(database, home)}
     with (
         service(home, "--role", "api", **environment) as (url, secret),
         httpx.Client(base_url=url, headers={"authorization": f"Bearer {secret}"}, timeout=60) as http,
@@ -373,6 +388,7 @@ def main() -> int:
     loaded = ways.add_parser("load")
     loaded.add_argument("--clients", type=int, default=50)
     loaded.add_argument("--seconds", type=float, default=120.0)
+    loaded.add_argument("--database", help="an empty PostgreSQL database's URL; otherwise SQLite")
     grown = ways.add_parser("growth")
     grown.add_argument("--jobs", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
     grown.add_argument(
@@ -381,7 +397,7 @@ def main() -> int:
     grown.add_argument("--rounds", type=int, default=60, help="how often each read is timed at each size")
     asked = parser.parse_args()
     if asked.way == "load":
-        document = load(asked.clients, asked.seconds)
+        document = load(asked.clients, asked.seconds, asked.database)
         refused = all(kind.endswith(": 429") for kind in document["failed"])
         good = document["job_end"] == "succeeded" and document["events_whole"] and refused
     else:

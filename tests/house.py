@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import yaml
-from sqlalchemy import select
+from sqlalchemy import select, text
 from starlette.testclient import TestClient
 
 from holdtrue.service import auth, clock, ids, tenancy
@@ -208,3 +210,18 @@ def build_house(db: Database, folder: Path, base: Path) -> House:
     house = House(settings, db, Blobs(settings.blobs), str(base), folder, tenant)
     house.policy()
     return house
+
+
+def until_waiting(db: Database, other: Future[Any]) -> None:
+    """Return once somebody waits for a lock of the database, or is done: on SQLite a writer waits at its start."""
+    whose = "datname = current_database() AND wait_event_type = 'Lock'"
+    waiting = text(f"SELECT count(*) FROM pg_stat_activity WHERE {whose}")
+    end = time.monotonic() + 60
+    while not other.done() and time.monotonic() < end:
+        if db.is_sqlite:
+            time.sleep(0.3)
+            return
+        with db.read() as session:
+            if session.scalar(waiting):
+                return
+        time.sleep(0.02)

@@ -21,7 +21,7 @@ from house import House, build_house
 from support import free_port
 
 PARTS = ("service/api/", "service/web/", "service/test_serve", "service/test_real_client")
-ON_BOTH = ("api/test_tenants", "api/test_attacks", "api/test_sdk", "web/test_sessions")
+ON_BOTH = ("api/test_tenants", "api/test_attacks", "api/test_sdk", "api/test_races", "web/test_sessions")
 """What of the API and the pages each run tries on PostgreSQL too; the rest is slow there, for `make test-service`."""
 
 

@@ -46,6 +46,7 @@ def test_uploads_at_the_same_time_do_not_pass_the_limit_together(db, project):
         barrier.wait(30)
         try:
             with db.write() as session:
+                quotas.lock_project(session, project)
                 quotas.check_storage(session, project, limits, 60)
                 session.add(file(project, 60))
         except QuotaError as error:

@@ -72,6 +72,18 @@ def test_the_least_used_is_forgotten_and_nothing_stays_on_the_disk(
     assert not list(tmp_path.iterdir())
 
 
+def test_files_lie_where_they_may_while_they_are_loaded(base_dir: Path, adapters: list[AdapterRef], tmp_path: Path):
+    places: list[Path] = []
+
+    def fetch(location: str, folder: Path) -> None:
+        places.append(folder)
+        copy_folder(location, folder)
+
+    Adapters(resolve(str(base_dir)), fetch, tmp_path).get(adapters[0])
+    assert [place.parent.parent for place in places] == [tmp_path]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("change", ["a byte", "a file more", "a link", "gone", "no adapter", "another base"])
 def test_what_is_not_the_adapter_is_refused(base_dir: Path, adapters: list[AdapterRef], tmp_path: Path, change: str):
     from holdtrue.models.digest import tree_digest

@@ -131,8 +131,8 @@ class Lora:
 
 
 @pytest.fixture
-def vllm(engines: list[StandIn]) -> Iterator[VllmEngine]:
-    engine = VllmEngine()
+def vllm(engines: list[StandIn], tmp_path: Path) -> Iterator[VllmEngine]:
+    engine = VllmEngine(place=tmp_path)
     yield engine
     engine.close()
 
@@ -223,6 +223,7 @@ def test_adapters_are_checked_and_let_go(
     adapters: list[AdapterRef],
     ask: Ask,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ):
     with pytest.raises(ChatError, match="is not what was stored"):
         asyncio.run(read(vllm, ask(adapter=AdapterRef("0" * 64, adapters[0].location))))
@@ -231,6 +232,7 @@ def test_adapters_are_checked_and_let_go(
         asyncio.run(read(vllm, ask(adapter=ref, max_tokens=1)))
     assert engines[0].removed == [2]
     assert list(vllm._loras) == [adapters[1].digest]
+    assert [len(list(folder.iterdir())) for folder in tmp_path.iterdir()] == [1]
     monkeypatch.setattr(module, "MOST_RANK", 1)
     with pytest.raises(ChatError, match="rank"):
         asyncio.run(read(vllm, ask(adapter=adapters[2])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +51,7 @@ def _stored(name: str, settings: Any, home: Path | None, database_url: str | Non
     from sqlalchemy import select
 
     from holdtrue.service.evidence import signing
+    from holdtrue.service.scratch import Scratch
     from holdtrue.service.store.blobs import Blobs
     from holdtrue.service.store.schema import Model, Receipt
 
@@ -64,8 +64,8 @@ def _stored(name: str, settings: Any, home: Path | None, database_url: str | Non
         if found is None or row.adapter is None:
             raise RunError(f"{name} has no receipt, or its weights were deleted: there is nothing to verify")
         place, envelope, status = row.adapter, found.envelope, row.status
-    with tempfile.TemporaryDirectory(prefix="holdtrue-") as folder:
-        adapter = Path(folder) / "adapter"
+    with Scratch(settings.home) as folder:
+        adapter = folder / "adapter"
         Blobs(settings.blobs).fetch_tree(place, adapter)
         return {"status": status, **signing.check_adapter(adapter, envelope, public)}
 

@@ -39,7 +39,7 @@ def add(
     now: int,
     detail: Mapping[str, Any] | None = None,
 ) -> AuditEntry:
-    """Append an entry within the transaction that does what it tells; best as its last step.
+    """Append an entry within the transaction that does what it tells, as its last step: until it ends all others wait.
 
     Args:
         actor: a key's id, a person's name, or ``system``.
@@ -47,9 +47,9 @@ def add(
         subject: the id of what it was done to.
         detail: JSON values; never content of a customer, never a secret.
     """
+    session.flush()  # before the lock: whoever has it waits for nobody's rows
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-    session.flush()
     last = session.scalars(select(AuditEntry).order_by(AuditEntry.seq.desc()).limit(1)).first()
     entry = AuditEntry(
         seq=last.seq + 1 if last else 1,

@@ -70,11 +70,12 @@ class Rate(NamedTuple):
 class RateLimiter:
     """Requests a minute over a sliding window; in memory for one API process, in Redis for several.
 
-    Beside the counts it keeps marks: what all API processes are to know for some minutes.
+    Beside the counts it keeps marks: what all API processes are to know for some minutes. All that it does raises the
+    ``StorageError`` of ``limits`` where its storage cannot be reached.
     """
 
     def __init__(self, storage: str = "memory://") -> None:
-        self._storage = storage_from_string(storage)
+        self._storage = storage_from_string(storage, wrap_exceptions=True)
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
 
     def set_mark(self, name: str, seconds: int) -> None:
@@ -165,13 +166,18 @@ def check_tokens(session: Session, project_id: str, limits: Limits, *, now: int)
 
 
 def lock_project(session: Session, project_id: str) -> None:
-    """Let nobody else add to what a project has until the transaction ends."""
+    """Let nobody else add to what a project has until the transaction ends.
+
+    Transactions wait for each other in one order, so that no two do so in a circle: projects (several by their ids),
+    kept answers, files, uploads and their parts, models, gate decisions, states, jobs, browsers' sessions, keys, and at
+    last the audit log. Who needs several locks takes them in this order, or passes over what is locked. A worker begins
+    with its job, and those who come from the project leave jobs under way alone.
+    """
     session.get_one(Project, project_id, with_for_update=True)
 
 
 def check_jobs(session: Session, project_id: str, limits: Limits) -> None:
-    """Refuse a job beyond those that a project may have at once (``QuotaError``); serializes a project's creations."""
-    lock_project(session, project_id)
+    """Refuse a job beyond those that a project may have at once (``QuotaError``); the project is locked."""
     active = jobs_active(session, project_id)
     if active >= limits.jobs_active:
         raise QuotaError(
@@ -182,19 +188,15 @@ def check_jobs(session: Session, project_id: str, limits: Limits) -> None:
         )
 
 
-def check_storage(
-    session: Session, project_id: str, limits: Limits, more: int, *, lock: bool = True, upload: str | None = None
-) -> None:
+def check_storage(session: Session, project_id: str, limits: Limits, more: int, *, upload: str | None = None) -> None:
     """Refuse bytes beyond those that a project may store (``QuotaError``), in files and in parts of pending uploads.
 
     Args:
-        session: of the transaction that writes the row of what comes.
+        session: of the transaction that writes the row of what comes, in which the project is locked; of any other,
+            what is found may have changed since.
         more: bytes that come.
-        lock: serialize this with all else that the project stores; without it, what is found may have changed.
         upload: whose parts do not count, since they end as the file that comes.
     """
-    if lock:
-        lock_project(session, project_id)
     files, parts = stored_bytes(session, project_id), pending_bytes(session, project_id, besides=upload)
     if files + parts + more > limits.storage_bytes:
         unfinished = f" and the {parts} of unfinished uploads" if parts else ""

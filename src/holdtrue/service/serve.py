@@ -130,11 +130,13 @@ def run_role(settings: ServiceSettings, role: str, sock: socket.socket | None = 
 
             Worker(settings).run(stop_event())
         case "inference":
+            from holdtrue.service.scratch import Scratch
             from holdtrue.service.store.blobs import Blobs
             from holdtrue.serving.server import run
 
             stop_event()  # as for the API
-            run(settings, Blobs(settings.blobs).fetch_tree)
+            with Scratch(settings.home) as place:
+                run(settings, Blobs(settings.blobs).fetch_tree, place)
         case _:
             raise SpecError(f"role must be one of {', '.join(ROLES)}, and not {role!r}")
 

@@ -21,6 +21,10 @@ DEFAULT = "default"
 _SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 
 
+class SlugTakenError(SpecError):
+    """Another organization has this slug."""
+
+
 class Bootstrap(NamedTuple):
     """What a first start made: the key that is shown once. ``None`` where there was everything already."""
 
@@ -36,7 +40,7 @@ def bootstrap(db: Database) -> Bootstrap:
         try:
             with db.write() as session:
                 return Bootstrap(_bootstrap(session))
-        except IntegrityError:
+        except (IntegrityError, SlugTakenError):
             continue  # another process was first; the second look finds its rows
     return Bootstrap(None)
 
@@ -82,15 +86,19 @@ def create_organization(session: Session, name: str, slug: str, *, now: int) -> 
     """Make an organization; ``slug`` stands in the names of its models.
 
     Raises:
-        SpecError: the slug is not of small letters, digits and dashes, or is taken.
+        SpecError: the slug is not of small letters, digits and dashes, or is taken (``SlugTakenError``).
     """
     if _SLUG.fullmatch(slug) is None:
         raise SpecError(f"slug {slug!r} must be 1 to 40 small letters, digits and inner dashes")
+    taken = SlugTakenError(f"the slug {slug!r} is taken; choose another")
     if session.scalar(select(Organization.id).where(Organization.slug == slug)) is not None:
-        raise SpecError(f"the slug {slug!r} is taken; choose another")
+        raise taken
     organization = Organization(id=ids.new("org"), name=name, slug=slug, created_at=now)
-    session.add(organization)
-    session.flush()
+    try:
+        with session.begin_nested():
+            session.add(organization)
+    except IntegrityError:  # somebody else was making it: the insert has waited for them
+        raise taken from None
     return organization
 
 

@@ -40,13 +40,14 @@ class Adapters:
     Args:
         source: the base model.
         fetch: gets an adapter's folder from its location.
+        place: where its files lie while it is loaded; by default where the system has temporary ones.
     """
 
-    def __init__(self, source: ModelSource, fetch: Fetch = copy_folder) -> None:
+    def __init__(self, source: ModelSource, fetch: Fetch = copy_folder, place: Path | None = None) -> None:
         from holdtrue.models.reuse import KeptModel
 
         self.source = source
-        self._fetch = fetch
+        self._fetch, self._place = fetch, place
         self._base = KeptModel()
         self._kept: OrderedDict[str | None, nn.Module] = OrderedDict()
         self._lock = threading.Lock()
@@ -78,7 +79,7 @@ class Adapters:
     def _load(self, ref: AdapterRef) -> nn.Module:
         from holdtrue.models import load_adapter
 
-        with tempfile.TemporaryDirectory(prefix="holdtrue-adapter-") as temporary:
+        with tempfile.TemporaryDirectory(prefix="holdtrue-adapter-", dir=self._place) as temporary:
             folder = Path(temporary) / "adapter"
             try:
                 self._fetch(ref.location, folder)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdtrue.errors import HoldtrueError
@@ -60,10 +61,11 @@ class TransformersEngine:
     Args:
         fetch: gets an adapter's folder from its location.
         threads: of torch; 0 leaves its default.
+        place: where an adapter's files lie while it is loaded; by default where the system has temporary ones.
     """
 
-    def __init__(self, fetch: Fetch = copy_folder, *, threads: int = 0) -> None:
-        self._fetch = fetch
+    def __init__(self, fetch: Fetch = copy_folder, *, threads: int = 0, place: Path | None = None) -> None:
+        self._fetch, self._place = fetch, place
         self._threads = threads
         self._bases: dict[BaseKey, Future[_Base]] = {}
         self._lanes: dict[Key, Lane] = {}
@@ -206,7 +208,7 @@ class TransformersEngine:
 
         source = resolve(name, revision)
         tokenizer = load_tokenizer(source)
-        adapters = Adapters(source, self._fetch)
+        adapters = Adapters(source, self._fetch, self._place)
         model = adapters.load_base()
         lm: Any = causal_lm(model)
         check_architecture(lm)

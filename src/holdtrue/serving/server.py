@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -41,12 +42,13 @@ class ServerSettings(Protocol):
     def threads(self) -> int: ...
 
 
-def run(settings: ServerSettings, fetch: Fetch) -> None:
+def run(settings: ServerSettings, fetch: Fetch, place: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         settings: of the service.
         fetch: gets an adapter's folder from its location.
+        place: where the files of adapters may lie; by default where the system has temporary ones.
 
     Raises:
         SpecError: no secret, or an address that others can reach.
@@ -63,7 +65,7 @@ def run(settings: ServerSettings, fetch: Fetch) -> None:
     secret = settings.inference_secret.get_secret_value()
     if not secret:
         raise SpecError("set HOLDTRUE_INFERENCE_SECRET to the same random text here and for the API")
-    engine = make_engine(settings, fetch)
+    engine = make_engine(settings, fetch, place)
     try:
         config = uvicorn.Config(
             create_app(engine, secret),
@@ -80,15 +82,15 @@ def run(settings: ServerSettings, fetch: Fetch) -> None:
         engine.close()
 
 
-def make_engine(settings: ServerSettings, fetch: Fetch) -> Any:
+def make_engine(settings: ServerSettings, fetch: Fetch, place: Path | None = None) -> Any:
     """Return the engine that the settings name."""
     if settings.inference_engine == "vllm":
         from holdtrue.serving.vllm_engine import VllmEngine
 
-        return VllmEngine(fetch)
+        return VllmEngine(fetch, place)
     from holdtrue.serving.engine import TransformersEngine
 
-    return TransformersEngine(fetch, threads=settings.threads)
+    return TransformersEngine(fetch, threads=settings.threads, place=place)
 
 
 def create_app(engine: Inference, secret: str) -> Starlette:

@@ -94,16 +94,20 @@ class VllmEngine:
     one model and tenant at a time, and its prefix cache is off. Each request has its seed, but not the noise of the
     transformers engine: the two write different answers.
 
+    Args:
+        fetch: gets an adapter's folder from its location.
+        place: where the files of loaded adapters lie; by default where the system has temporary ones.
+
     Raises:
         SpecError: the extra is not installed.
     """
 
-    def __init__(self, fetch: Fetch = copy_folder) -> None:
+    def __init__(self, fetch: Fetch = copy_folder, place: Path | None = None) -> None:
         try:
             import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise SpecError("vLLM needs an extra, and a GPU: pip install 'holdtrue[vllm]'") from None
-        self._fetch = fetch
+        self._fetch, self._place = fetch, place
         self._loaded: _Loaded | None = None
         self._loading, self._fetching = asyncio.Lock(), asyncio.Lock()
         self._turnstile = Turnstile()
@@ -179,7 +183,7 @@ class VllmEngine:
 
         from holdtrue.models.adapter_files import check_adapter_folder
 
-        temporary = tempfile.TemporaryDirectory(prefix="holdtrue-adapter-")
+        temporary = tempfile.TemporaryDirectory(prefix="holdtrue-adapter-", dir=self._place)
         folder = Path(temporary.name) / "adapter"
         try:
             self._fetch(ref.location, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,6 +15,7 @@ from holdtrue.service.evidence import signing
 from holdtrue.service.jobs import lifecycle, snapshot
 from holdtrue.service.jobs.publish import DecisionError, decide
 from holdtrue.service.store.schema import GateDecision, Job, JobCheckpoint, JobEvent, JobState, Model, Receipt
+from house import until_waiting
 from support import chat
 
 NO_FALL = {"margin_fall": {"max": 1e-9}}
@@ -87,8 +89,19 @@ def test_a_gate_that_fails_keeps_the_model_back_and_says_why(house):
     signer = signing.signer_of(house.settings)
     with house.db.write() as session, pytest.raises(DecisionError):
         decide(session, decision.id, release=True, by="", reason="none", signer=signer)
-    with house.db.write() as session:
-        decide(session, decision.id, release=True, by="Ada", reason="read all answers", signer=signer)
+
+    def decide_as_well() -> None:
+        with house.db.write() as session:
+            session.get(GateDecision, decision.id)  # a page has shown it as open
+            decide(session, decision.id, release=False, by="Bob", reason="no", signer=signer)
+
+    with ThreadPoolExecutor(1) as pool:
+        with house.db.write() as session:
+            decide(session, decision.id, release=True, by="Ada", reason="read all answers", signer=signer)
+            other = pool.submit(decide_as_well)
+            until_waiting(house.db, other)
+        with pytest.raises(DecisionError, match="Ada"):
+            other.result(60)
     assert house.get(job_id).status == "succeeded"
     assert house.get(job_id).fine_tuned_model == model.name
     assert {m.status for m in house.all(Model, job_id)} == {"ready"}
@@ -114,6 +127,11 @@ def test_a_failed_gate_trains_again_stronger_and_then_holds(house):
     assert not house.work()
     steps = [e for e in house.all(JobEvent, job_id) if e.type == "metrics"]
     assert [e.data["step"] for e in steps] == [*range(1, 7), *range(1, 7)]
+    made = house.all(JobCheckpoint, job_id)
+    assert [each.attempt for each in made] == [0, 0, 1, 1]
+    listed = house.api().get(f"/v1/fine_tuning/jobs/{job_id}/checkpoints").json()
+    assert [each["id"] for each in listed["data"]] == [each.id for each in reversed(made) if each.attempt == 1]
+    assert not listed["has_more"]
     (_, held) = house.all(GateDecision, job_id)
     with house.db.write() as session:
         decide(session, held.id, release=False, by="Ada", reason="too far", signer=signing.signer_of(house.settings))

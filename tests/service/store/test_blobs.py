@@ -304,13 +304,16 @@ def test_a_copy_in_another_store_has_the_same_key_and_content(blobs, tmp_path):
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "a").write_text("a")
     blob, (tree, digest) = blobs.put(BytesIO(b"abc"), limit=10), blobs.put_tree(tmp_path / "tree")
-    assert blobs.copy(blob.key, other) == blob.sha256
-    assert blobs.copy(tree, other) == digest
+    place = tmp_path / "place"
+    place.mkdir()
+    assert blobs.copy(blob.key, other, place) == other.digest(blob.key, place) == blob.sha256
+    assert blobs.copy(tree, other, place) == other.digest(tree, place) == digest
+    assert not list(place.iterdir())
     with other.open(blob.key) as stream:
         assert stream.read() == b"abc"
     other.fetch_tree(tree, tmp_path / "back", digest)
     with pytest.raises(BlobError):
-        blobs.copy("b-" + "0" * 32, other)
+        blobs.copy("b-" + "0" * 32, other, place)
     assert {stored.key for stored in other.stored()} == {blob.key, tree}
 
 
@@ -318,7 +321,7 @@ def test_a_copy_in_another_store_has_the_same_key_and_content(blobs, tmp_path):
 def test_what_is_no_key_reaches_no_file(tmp_path_factory, key):
     blobs = Blobs(f"file://{tmp_path_factory.getbasetemp() / 'hypothesis'}")
     assert not blobs.exists(key)
-    for act in (blobs.open, blobs.delete, lambda key: blobs.copy(key, blobs)):
+    for act in (blobs.open, blobs.delete, lambda key: blobs.copy(key, blobs, tmp_path_factory.getbasetemp())):
         with pytest.raises(BlobError):
             act(key)
     for act in (blobs.fetch, blobs.fetch_tree):

@@ -62,26 +62,28 @@ def add_upload(house, status: str, *, expires: int) -> str:
     return key
 
 
-def add_model(house, status: str, job_id: str | None = None) -> str:
+def add_model(house, status: str, job_id: str | None = None, kind: str = "tuned") -> str:
     """Write a model with its gate's decision as a job leaves them, and return the adapter's key."""
     key = put(house)
     job_id = job_id or house.job()
     with house.db.write() as session:
         session.add(
             Model(
-                id=ids.new("model"), name=ids.new("model"), project_id=house.tenant["project"], kind="tuned",
+                id=ids.new("model"), name=ids.new("model"), project_id=house.tenant["project"], kind=kind,
                 status=status, base_model=house.base, job_id=job_id, adapter=key, adapter_digest="0" * 64,
                 created_at=0, deleted_at=None,
             )
         )  # fmt: skip
-        session.add(
-            GateDecision(
-                id=ids.new("gate"), job_id=job_id, attempt=0, outcome="pass", report={}, adapter=key,
-                adapter_digest="0" * 64, action="release", override=None, override_by=None, override_reason=None,
-                override_at=None, created_at=0,
-            )
-        )  # fmt: skip
+        session.add(decision(job_id, key, attempt=0, action="release"))
     return key
+
+
+def decision(job_id: str, key: str, *, attempt: int, action: str) -> GateDecision:
+    return GateDecision(
+        id=ids.new("gate"), job_id=job_id, attempt=attempt, outcome="pass", report={}, adapter=key,
+        adapter_digest="0" * 64, action=action, override=None, override_by=None, override_reason=None,
+        override_at=None, created_at=0,
+    )  # fmt: skip
 
 
 def add_state(house, job_id: str) -> set[str]:
@@ -173,6 +175,25 @@ def test_a_deleted_models_adapter_goes_and_an_equal_one_of_another_job_stays(hou
     assert house.blobs.exists(held)
     with house.db.read() as session:
         assert set(session.scalars(select(GateDecision.adapter))) == {"", held}
+
+
+def test_adapters_of_trainings_that_were_done_again_go_with_the_jobs_model(house):
+    first, second = house.job(), house.job()
+    add_model(house, "ready", first)
+    checkpoint = add_model(house, "deleted", second, "checkpoint")
+    again = {job_id: put(house) for job_id in (first, second)}
+    with house.db.write() as session:
+        session.add_all(decision(job_id, key, attempt=1, action="retrain") for job_id, key in again.items())
+    before = keys(house)
+    assert sweep(house).models == 1
+    assert before - keys(house) == {checkpoint}
+    with house.db.write() as session:
+        session.execute(update(Model).where(Model.job_id == first).values(status="deleted"))
+    assert sweep(house).models == 1
+    assert not house.blobs.exists(again[first])
+    assert house.blobs.exists(again[second])
+    with house.db.read() as session:
+        assert set(session.scalars(select(GateDecision.adapter))) == {"", again[second]}
 
 
 def test_an_ended_jobs_state_goes_and_a_paused_ones_stays(house):

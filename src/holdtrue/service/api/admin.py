@@ -166,11 +166,13 @@ def _project_for(session: Session, caller: Caller, project_id: str | None) -> st
 
 
 def _key(session: Session, caller: Caller, key_id: str) -> ApiKey:
-    row = session.get(ApiKey, key_id, with_for_update=True) if ids.is_id("key", key_id) else None
+    row = session.get(ApiKey, key_id) if ids.is_id("key", key_id) else None
     if row is None or (row.project_id != caller.project_id and caller.principal.role != "provider"):
         raise not_found("key", key_id, param="key_id")
     if row.role == "provider" and caller.principal.role != "provider":
         raise not_found("key", key_id, param="key_id")
+    quotas.lock_project(session, row.project_id)  # what its requests are writing is done first
+    session.refresh(row, with_for_update=True)
     return row
 
 

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from sqlalchemy.orm import Session
 
-from holdtrue.service.api.errors import ApiError
+from holdtrue.service import auth, clock, quotas
+from holdtrue.service.api.errors import ApiError, no_valid_key
 from holdtrue.service.api.metrics import Metrics
 from holdtrue.service.auth import Principal, Scope
 from holdtrue.service.quotas import Limits, RateLimiter
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
+from holdtrue.service.store.schema import ApiKey
 from holdtrue.serving.port import Inference
 
 
@@ -58,6 +61,20 @@ def caller_of(request: Request, scope: Scope) -> Caller:
             code="missing_scope",
         )
     return Caller(principal, request.state.limits, request.state.request_id)
+
+
+def hold_project(session: Session, caller: Caller) -> None:
+    """Lock the caller's project, and look again whether their key still works: a request may outlive it by minutes.
+
+    Who erases a project locks it too, and revokes its keys: what comes after that leaves nothing in it.
+
+    Raises:
+        ApiError: the key was revoked or has expired meanwhile.
+    """
+    quotas.lock_project(session, caller.project_id)
+    key = session.get(ApiKey, caller.principal.key_id)
+    if key is None or not auth.is_valid(key, clock.now()):
+        raise no_valid_key("Your API key was revoked or has expired during the request, and nothing was done")
 
 
 class Needs:

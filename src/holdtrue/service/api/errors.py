@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from limits.errors import StorageError
 from pydantic import BaseModel
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -79,6 +80,11 @@ def not_found(kind: str, name: str, *, param: str = "id", code: str | None = Non
     return ApiError(404, f"There is no {kind} {clean(name, 80)!r}", param=param, code=code)
 
 
+def no_valid_key(message: str, code: str | None = "invalid_api_key") -> ApiError:
+    """Somebody who shows no key, or none that works: 401."""
+    return ApiError(401, message, code=code, headers={"www-authenticate": 'Bearer realm="holdtrue"'})
+
+
 def clean(text: str, longest: int = _LONGEST) -> str:
     """Return a text from outside as it may stand in an answer: valid Unicode, no control characters, not long."""
     text = text.encode("utf-8", "replace").decode("utf-8")
@@ -114,6 +120,8 @@ def translate(error: Exception) -> ApiError:
             return _unavailable("The service cannot reach its database at the moment")
         case StoreAwayError():
             return _unavailable("The service cannot reach its object store at the moment")
+        case StorageError():
+            return _unavailable("The service cannot count requests at the moment")
         case PolicyUnreadableError():
             return _unavailable("The service cannot read the policy of this model at the moment")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):

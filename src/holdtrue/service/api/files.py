@@ -16,14 +16,14 @@ from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock, ids, quotas
 from holdtrue.service.api import multipart, schemas
-from holdtrue.service.api.context import Caller, FilesRead, FilesWrite, Parts, PartsDep
+from holdtrue.service.api.context import Caller, FilesRead, FilesWrite, Parts, PartsDep, hold_project
 from holdtrue.service.api.errors import ApiError, invalid, not_found, responses
 from holdtrue.service.api.idempotency import once
 from holdtrue.service.api.pages import After, Order, take
 from holdtrue.service.quotas import ACTIVE
 from holdtrue.service.store.away import StoreAwayError
 from holdtrue.service.store.blobs import Blob, BlobError
-from holdtrue.service.store.schema import File, Job, Project
+from holdtrue.service.store.schema import File, Job
 
 BATCH_SECONDS = 30 * 86_400
 _PURPOSE: TypeAdapter[str] = TypeAdapter(schemas.FilePurpose)
@@ -77,6 +77,8 @@ def add_file(
 ) -> File:
     """Write a file's row; its content lies in the object store already, and came with an ``upload`` or whole.
 
+    The project is locked.
+
     Raises:
         QuotaError: beyond the project's bytes.
     """
@@ -120,7 +122,7 @@ def _create(request: Request, parts: Parts, caller: Caller, form: multipart.Form
     purpose, expires_after = _read_fields(form.fields)
     filename = multipart.file_name(form.filename)
     with parts.db.read() as session:
-        quotas.check_storage(session, caller.project_id, caller.limits, form.bytes, lock=False)
+        quotas.check_storage(session, caller.project_id, caller.limits, form.bytes)
     blob = parts.blobs.put(form.file, limit=parts.settings.upload_bytes)
     used = False
 
@@ -207,8 +209,7 @@ def retrieve_file(file_id: str, parts: PartsDep, caller: FilesRead) -> schemas.F
 def delete_file(file_id: str, parts: PartsDep, caller: FilesWrite) -> schemas.FileDeleted:
     """Delete a file and its content."""
     with parts.db.write() as session:
-        # First, as whoever creates a job with the file or erases the project does: then none waits for another.
-        session.get_one(Project, caller.project_id, with_for_update=True)
+        hold_project(session, caller)  # as whoever creates a job with the file does
         row = get_file(session, caller.project_id, file_id)
         used = select(Job.id).where(
             Job.status.in_(ACTIVE),

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from holdtrue.service import auth, clock
 from holdtrue.service.api.context import Parts
-from holdtrue.service.api.errors import ApiError
+from holdtrue.service.api.errors import ApiError, no_valid_key
 from holdtrue.service.quotas import Rate
 
 NOTE_SECONDS = 0.1
@@ -42,11 +42,11 @@ class Gatekeeper:
         kind, _, secret = header.partition(" ")
         secret = secret.strip()
         if kind.lower() != "bearer" or not secret:
-            raise _refused(f"You didn't provide an API key. {_HOW}", None)
+            raise no_valid_key(f"You didn't provide an API key. {_HOW}", None)
         with self.parts.db.read() as session:
             found = auth.find(session, secret, clock.now())
         if found is None:
-            raise _refused(f"Incorrect API key provided: unknown, expired or revoked. {_HOW}", "invalid_api_key")
+            raise no_valid_key(f"Incorrect API key provided: unknown, expired or revoked. {_HOW}")
         return found
 
 
@@ -86,10 +86,6 @@ def _note_use(parts: Parts, key_id: str) -> None:
             auth.note_use(session, key_id, clock.now())
     except DBAPIError as error:
         log.warning("use of key not noted", error=type(error).__name__)
-
-
-def _refused(message: str, code: str | None) -> ApiError:
-    return ApiError(401, message, code=code, headers={"www-authenticate": 'Bearer realm="holdtrue"'})
 
 
 def _rate_headers(rate: Rate) -> dict[str, str]:

@@ -18,13 +18,12 @@ from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdtrue.service import clock
-from holdtrue.service.api.context import Caller, Parts, parts_of
+from holdtrue.service.api.context import Caller, Parts, hold_project, parts_of
 from holdtrue.service.api.errors import invalid, translate
 from holdtrue.service.store.schema import IdempotentRequest
 
@@ -86,7 +85,7 @@ def _tries(headers: Headers) -> int | None:
 def once(
     session: Session, request: Request, caller: Caller, payload: Any, do: Callable[[], BaseModel], status: int = 200
 ) -> Response:
-    """Do a thing and keep its answer, or give the answer that is kept.
+    """Do a thing and keep its answer, or give the answer that is kept; the caller's project is locked before either.
 
     Args:
         session: the transaction in which ``do`` does all of its work.
@@ -95,8 +94,9 @@ def once(
         status: of the answer.
 
     Raises:
-        ApiError: a key that stands for another request, or is no key.
+        ApiError: a key that stands for another request, or is no key; an API key that works no longer.
     """
+    hold_project(session, caller)
     what = _hash([request.method, request.url.path, payload])
     claimed = _claim(session, request, caller, what)
     if claimed is not None and claimed.status_code is not None and claimed.body is not None:
@@ -131,18 +131,16 @@ def _claim(session: Session, request: Request, caller: Caller, what: str) -> Ide
 
 
 def _row(session: Session, caller: Caller, key: str, what: str, seconds: int, *, replay: bool) -> IdempotentRequest:
-    """Return the row under lock: with an answer to give again, or empty for the answer to come."""
+    """Return the row under lock: with an answer to give again, or empty for the answer to come.
+
+    Who does the same request elsewhere has the project locked until the answer is kept.
+    """
     now = clock.now()
-    identity = (caller.project_id, key)
-    row = session.get(IdempotentRequest, identity, with_for_update=True)
+    row = session.get(IdempotentRequest, (caller.project_id, key), with_for_update=True)
     if row is None:
         row = IdempotentRequest(project_id=caller.project_id, key=key, request_digest=what, created_at=now)
-        try:
-            with session.begin_nested():
-                session.add(row)
-            return row
-        except IntegrityError:  # the same request is being done elsewhere: the insert has waited for its end
-            row = session.get_one(IdempotentRequest, identity, with_for_update=True, populate_existing=True)
+        session.add(row)
+        return row
     if not replay or row.created_at <= now - seconds:
         row.request_digest, row.status_code, row.body, row.created_at = what, None, None, now
     return row

@@ -103,6 +103,7 @@ def _wishes(body: schemas.JobCreate) -> tuple[str, dict[str, Any]]:
 def _create(
     session: Session, caller: Caller, body: schemas.JobCreate, prefix: str, wishes: dict[str, Any]
 ) -> schemas.FineTuningJob:
+    """Create a job; the project is locked, so that what is looked up here stays until the job names it."""
     now = clock.now()
     model = get_model(session, caller.project_id, body.model)
     _training_file(session, caller, body.training_file, "training_file")
@@ -257,8 +258,10 @@ def list_checkpoints(
 def checkpoints(
     session: Session, job: Job, *, after: str | None = None, limit: int
 ) -> schemas.Page[schemas.JobCheckpoint]:
-    """Return a page of a job's checkpoints, the newest first."""
-    found = take(session, JobCheckpoint, within=[(JobCheckpoint.job_id, job.id)], after=after, limit=limit)
+    """Return a page of the checkpoints of a job's latest training, the newest first."""
+    # Those of a training that was done again have the names of later ones. `+ 0` keeps SQLite to the order of pages.
+    latest = JobCheckpoint.attempt + 0 == job.attempt
+    found = take(session, JobCheckpoint, latest, within=[(JobCheckpoint.job_id, job.id)], after=after, limit=limit)
     wanted = [row.model_id for row in found.rows if row.model_id is not None]
     query = select(Model.id).where(Model.id.in_(wanted), Model.status == "ready")
     ready = set(session.scalars(query)) if wanted else set()

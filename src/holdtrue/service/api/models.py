@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock
 from holdtrue.service.api import schemas
-from holdtrue.service.api.context import ModelsRead, ModelsWrite, PartsDep
+from holdtrue.service.api.context import ModelsRead, ModelsWrite, PartsDep, hold_project
 from holdtrue.service.api.errors import ApiError, not_found, responses
 from holdtrue.service.api.pages import After
 from holdtrue.service.quotas import ACTIVE
@@ -94,6 +94,7 @@ def retrieve_model(model: Name, parts: PartsDep, caller: ModelsRead) -> schemas.
 def delete_model(model: Name, parts: PartsDep, caller: ModelsWrite) -> schemas.ModelDeleted:
     """Delete a tuned model; it is served no more, and its adapter goes with the provider's retention."""
     with parts.db.write() as session:
+        hold_project(session, caller)  # as whoever creates a job from the model does
         row = get_model(session, caller.project_id, model)
         if row.project_id is None:
             raise ApiError(403, f"{row.name} is a base model and cannot be deleted", param="model", code="base_model")

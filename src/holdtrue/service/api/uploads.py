@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock, ids, quotas
 from holdtrue.service.api import files, multipart, schemas
-from holdtrue.service.api.context import Caller, FilesWrite, Parts, PartsDep
+from holdtrue.service.api.context import Caller, FilesWrite, Parts, PartsDep, hold_project
 from holdtrue.service.api.errors import ApiError, invalid, not_found, responses
 from holdtrue.service.api.idempotency import once
 from holdtrue.service.store.away import StoreAwayError
@@ -116,7 +116,6 @@ def _store_part(upload_id: str, request: Request, parts: Parts, caller: Caller, 
 
     def do() -> schemas.UploadPart:
         nonlocal used
-        # The project is locked before anything of it, as wherever both are.
         quotas.check_storage(session, caller.project_id, caller.limits, blob.bytes)
         row = _get(session, caller.project_id, upload_id, lock=True)
         _pending(row)
@@ -141,8 +140,17 @@ def _store_part(upload_id: str, request: Request, parts: Parts, caller: Caller, 
         raise
     finally:
         if not used:
-            with contextlib.suppress(StoreAwayError):
-                parts.blobs.delete(blob.key)
+            _discard(parts, upload_id, blob.key)
+
+
+def _discard(parts: Parts, upload_id: str, key: str) -> None:
+    """Delete content that no part has: a commit that failed for its client may have been done all the same."""
+    with parts.db.read() as session:
+        query = select(UploadPart.id).where(UploadPart.upload_id == upload_id, UploadPart.blob == key)
+        if session.scalar(query.limit(1)) is not None:
+            return
+    with contextlib.suppress(StoreAwayError):
+        parts.blobs.delete(key)
 
 
 @router.post("/v1/uploads/{upload_id}/complete", responses=responses(409))
@@ -173,7 +181,7 @@ def complete_upload(
         if body.md5 is not None and joined.md5.hexdigest() != body.md5.lower():
             raise invalid("The parts' MD5 is another than the one given; upload them again", "md5", "md5_mismatch")
         with parts.db.write() as session:
-            quotas.lock_project(session, caller.project_id)
+            hold_project(session, caller)
             row = _get(session, caller.project_id, upload_id, lock=True)
             if row.status != "completed":
                 _pending(row)

@@ -20,6 +20,7 @@ from holdtrue.service import clock
 from holdtrue.service.jobs import lifecycle
 from holdtrue.service.policy import PolicyDocument, RefusalError, settle
 from holdtrue.service.policy import store as policies
+from holdtrue.service.scratch import Scratch
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import retention
 from holdtrue.service.store.away import StoreAwayError
@@ -64,6 +65,7 @@ class Dispatcher:
         self._settings = settings
         self._db = db or Database(settings.database)
         self._blobs = blobs or Blobs(settings.blobs)
+        self._scratch = Scratch(settings.home)
         self._looked = float("-inf")
         self._aside: dict[str, _Aside] = {}
         self._turns: dict[str, int] = {}  # project -> the number of its last turn
@@ -162,7 +164,7 @@ class Dispatcher:
         for param, (key, file_id) in waiting.files.items():
             if key is None:
                 return _Fault(param, f"{file_id} was deleted before the job had read it", "file_deleted")
-            with tempfile.TemporaryDirectory(prefix="holdtrue-") as folder:
+            with tempfile.TemporaryDirectory(dir=self._scratch.path) as folder:
                 path = Path(folder) / "rows.jsonl"
                 try:
                     self._blobs.fetch(key, path)

@@ -189,12 +189,19 @@ def decide(
     """
     if not by.strip() or not reason.strip():
         raise DecisionError("a decision needs a name and a reason")
-    row = session.scalar(select(GateDecision).where(GateDecision.id == decision_id).with_for_update())
+    owner = select(Job.project_id).join(GateDecision, GateDecision.job_id == Job.id)
+    project = session.scalar(owner.where(GateDecision.id == decision_id))
+    if project is not None:
+        quotas.lock_project(session, project)
+    # As they are under the lock: who asks may have looked at them before.
+    fresh = {"populate_existing": True}
+    locked = select(GateDecision).where(GateDecision.id == decision_id).with_for_update()
+    row = session.scalar(locked, execution_options=fresh)
     if row is None or not _is_for_a_person(row):
         raise DecisionError(f"there is nothing to decide on {decision_id!r}")
     if row.override is not None:
         raise DecisionError(f"{row.override_by} has decided on {decision_id} already: {row.override}")
-    job = session.scalars(select(Job).where(Job.id == row.job_id).with_for_update()).one()
+    job = session.scalars(select(Job).where(Job.id == row.job_id).with_for_update(), execution_options=fresh).one()
     model = session.scalars(
         select(Model).where(Model.job_id == job.id, Model.kind == "tuned", Model.adapter_digest == row.adapter_digest)
     ).first()

@@ -115,7 +115,7 @@ def restore(settings: ServiceSettings, source: Path, *, now: int, actor: str) ->
         raise RunError(f"{source / DATABASE} is damaged: its SHA-256 is {found}, not {manifest.database}")
     with _appearing(settings.home, DATABASE) as draft:
         target = Blobs(settings.blob_url or f"file://{draft / CONTENT}")
-        _bring_content(Blobs(f"file://{(source / CONTENT).absolute()}"), target, manifest)
+        _bring_content(Blobs(f"file://{(source / CONTENT).absolute()}"), target, manifest, draft)
         for name in (DATABASE, *_KEYS):
             if (source / name).exists():
                 shutil.copy2(source / name, draft / name)
@@ -136,10 +136,10 @@ def _save(db: Database, source: Path, settings: ServiceSettings, draft: Path, *,
     for _ in range(_ROUNDS):
         with db.read() as session:
             wanted = named(session) - content.keys()
-        _copy(blobs, target, wanted, content)
+        _copy(blobs, target, wanted, content, draft)
     with db.write() as session:  # nobody else writes until this has ended
         wanted = named(session)
-        _copy(blobs, target, wanted - content.keys(), content)
+        _copy(blobs, target, wanted - content.keys(), content, draft)
         _copy_database(source, draft / DATABASE)
         audit.add(session, actor, "service.backup", "", now=now, detail={"content": len(wanted & content.keys())})
     for key in content.keys() - wanted:
@@ -168,10 +168,10 @@ def _save(db: Database, source: Path, settings: ServiceSettings, draft: Path, *,
     return manifest
 
 
-def _copy(blobs: Blobs, target: Blobs, keys: set[str], content: dict[str, str]) -> None:
+def _copy(blobs: Blobs, target: Blobs, keys: set[str], content: dict[str, str], place: Path) -> None:
     for key in sorted(keys):
         with contextlib.suppress(BlobError):  # deleted meanwhile, or lost: who asks last says which
-            content[key] = blobs.copy(key, target)
+            content[key] = blobs.copy(key, target, place)
 
 
 def _copy_database(source: Path, target: Path) -> None:
@@ -195,10 +195,10 @@ def _settled_digest(path: Path) -> str:
     return file_digest(path)
 
 
-def _bring_content(source: Blobs, target: Blobs, manifest: Manifest) -> None:
+def _bring_content(source: Blobs, target: Blobs, manifest: Manifest, place: Path) -> None:
     for key, digest in manifest.content.items():
         there = target.exists(key)  # of an earlier try, or in a store that outlived its database
-        found = target.digest(key) if there else source.copy(key, target)
+        found = target.digest(key, place) if there else source.copy(key, target, place)
         if found != digest:
             where = "the object store" if there else "the backup"
             raise RunError(f"{key} in {where} is damaged: its digest is {found}, not {digest}")

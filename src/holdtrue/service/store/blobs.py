@@ -154,27 +154,32 @@ class Blobs:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
-    def copy(self, key: str, to: Blobs) -> str:
+    def copy(self, key: str, to: Blobs, place: Path) -> str:
         """Copy what a key holds into another store, under the same key; return its SHA-256, or a folder's digest.
+
+        Args:
+            key: of a file or a folder.
+            to: the other store.
+            place: a local folder in which a stored one may lie meanwhile.
 
         Raises:
             BlobError: there is none, or a folder is not what was stored.
         """
         if key.startswith("t-"):
-            with tempfile.TemporaryDirectory(prefix="holdtrue-") as place:
+            with tempfile.TemporaryDirectory(dir=place) as folder:
                 digest = self._listing(key).digest
-                self.fetch_tree(key, Path(place, "tree"))
-                to._put_tree(key, Path(place, "tree"), digest)
+                self.fetch_tree(key, Path(folder, "tree"))
+                to._put_tree(key, Path(folder, "tree"), digest)
             return digest
         with self.open(key) as source:
             return to._put(key, source).sha256
 
-    def digest(self, key: str) -> str:
-        """Return the SHA-256 of what a key holds, or a folder's digest; ``BlobError`` where there is none."""
+    def digest(self, key: str, place: Path) -> str:
+        """Return the SHA-256 of what a key holds, or a folder's digest; raises as :meth:`copy`, and has its place."""
         if key.startswith("t-"):
-            with tempfile.TemporaryDirectory(prefix="holdtrue-") as place:
-                self.fetch_tree(key, Path(place, "tree"))
-                return tree_digest(Path(place, "tree"))
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                self.fetch_tree(key, Path(folder, "tree"))
+                return tree_digest(Path(folder, "tree"))
         digest = hashlib.sha256()
         with self.open(key) as source:
             while chunk := source.read(_CHUNK):

@@ -58,12 +58,13 @@ def erase_project(db: Database, blobs: Blobs, project_id: str, now: int, *, acto
         SpecError: there is no such project, or a job of it has not ended.
     """
     with db.write() as session:
-        # Who creates a job locks its project first: none is created meanwhile.
+        # Who adds to a project locks it first, and then looks whether their key still works.
         if session.get(Project, project_id, with_for_update=True) is None:
             raise SpecError(f"there is no project {project_id!r}; `holdtrue projects list` lists them")
         unfinished = select(Job.id).where(Job.project_id == project_id, Job.status.not_in(ENDED))
         if (job := session.scalar(unfinished.limit(1))) is not None:
             raise SpecError(f"the job {job} has not ended; cancel it first")
+        session.execute(delete(IdempotentRequest).where(IdempotentRequest.project_id == project_id))
         gone: set[str | None] = set()
         files = _files(session, project_id, now, gone)
         models = _models(session, project_id, now, gone)
@@ -126,6 +127,5 @@ def _jobs(session: Session, project_id: str, gone: set[str | None]) -> int:
 def _keys(session: Session, project_id: str, now: int) -> None:
     of_project = select(ApiKey.id).where(ApiKey.project_id == project_id)
     session.execute(delete(WebSession).where(WebSession.key_id.in_(of_project)))
-    session.execute(delete(IdempotentRequest).where(IdempotentRequest.project_id == project_id))
     for row in session.scalars(select(ApiKey).where(ApiKey.project_id == project_id)):
         row.revoked_at, row.name = row.revoked_at or now, ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import delete, exists, or_, select, update
+from sqlalchemy import delete, exists, or_, select
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit
@@ -21,6 +21,7 @@ from holdtrue.service.store.schema import (
     Job,
     JobState,
     Model,
+    Project,
     Upload,
     UploadPart,
     WebSession,
@@ -50,7 +51,8 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
     """Remove what has expired or was deleted. May be stopped at any point and done again, by several at once.
 
     Rows lose their content first and the store second: what is cut short leaves an orphan, which a later sweep finds,
-    and never a row without what it names. A file that a job still needs stays until the job has ended.
+    and never a row without what it names. A file that a job still needs stays until the job has ended. Locks are taken
+    in the order that ``quotas.lock_project`` states.
 
     Args:
         db: the database.
@@ -62,11 +64,17 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
     """
     gone: list[str] = []
     with db.write() as session:
+        expired = _expire_files(session, now, gone)
         swept = Swept(
-            files=_expire_files(session, now, gone) + _finish_deletions(session, now, gone),
+            files=len(expired) + _finish_deletions(session, now, gone),
             uploads=_close_uploads(session, now, gone),
             models=_forget_models(session, gone),
             states=_forget_states(session, gone),
+        )
+        for file_id in expired:
+            audit.add(session, "system", "file.expire", file_id, now=now)
+    with db.write() as session:
+        swept = swept._replace(
             requests=_count(session, delete(IdempotentRequest).where(IdempotentRequest.created_at < now - DAY_SECONDS)),
             sessions=_count(session, delete(WebSession).where(WebSession.expires_at < now)),
         )
@@ -80,16 +88,22 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
     return swept._replace(orphans=_sweep_orphans(db, blobs, now), drafts=drafts)
 
 
-def _expire_files(session: Session, now: int, gone: list[str]) -> int:
+def _expire_files(session: Session, now: int, gone: list[str]) -> list[str]:
     needed = exists().where(Job.status.in_(_ACTIVE), or_(Job.training_file == File.id, Job.validation_file == File.id))
-    query = select(File).where(File.expires_at <= now, File.deleted_at.is_(None), ~needed)
-    rows = session.scalars(query.order_by(File.expires_at).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
+    due = (File.expires_at <= now, File.deleted_at.is_(None), ~needed)
+    query = select(File.seq, File.project_id).where(*due).order_by(File.expires_at).limit(_AT_ONCE)
+    found = session.execute(query).all()
+    if not found:
+        return []
+    # Their projects' sums change with them, and nobody creates a job with one of them meanwhile.
+    projects = select(Project.id).where(Project.id.in_(sorted({row.project_id for row in found}))).order_by(Project.id)
+    session.execute(projects.with_for_update())
+    still = select(File).where(File.seq.in_([row.seq for row in found]), *due)
+    rows = session.scalars(still.with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [row.blob] if row.blob else []
         row.blob, row.deleted_at, row.filename = None, now, ""
-    for row in rows:
-        audit.add(session, "system", "file.expire", row.id, now=now)
-    return len(rows)
+    return [row.id for row in rows]
 
 
 def _finish_deletions(session: Session, now: int, gone: list[str]) -> int:
@@ -118,12 +132,19 @@ def _close_uploads(session: Session, now: int, gone: list[str]) -> int:
 
 
 def _forget_models(session: Session, gone: list[str]) -> int:
+    """Take the adapters of deleted models, and those of trainings of a job that were done again for its model."""
     query = select(Model).where(Model.status == "deleted", Model.adapter.is_not(None))
     rows = session.scalars(query.order_by(Model.seq).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
     for row in rows:
-        gone += [row.adapter] if row.adapter else []
-        same = (GateDecision.job_id == row.job_id, GateDecision.adapter == row.adapter)
-        session.execute(update(GateDecision).where(*same).values(adapter=""))
+        adapters = {row.adapter} if row.adapter else set()
+        mine = GateDecision.adapter == row.adapter
+        if row.kind == "tuned":
+            mine = or_(mine, GateDecision.action == "retrain")
+        decisions = select(GateDecision).where(GateDecision.job_id == row.job_id, GateDecision.adapter != "", mine)
+        for decision in session.scalars(decisions):
+            adapters.add(decision.adapter)
+            decision.adapter = ""
+        gone += sorted(adapters)
         row.adapter = None
     return len(rows)
 
