@@ -3,9 +3,9 @@
 ``python -m benchmarks.service load [--clients 50] [--seconds 120] [--database URL]`` starts a whole service, lets it
 tune SmolLM2 on real rows, and meanwhile has clients of OpenAI's read, upload and chat. ``python -m benchmarks.service
 growth [--jobs 100 1000 10000 100000] [--rounds 60] [--database URL...]`` fills a database for each size with jobs and
-times reads over HTTP, the sizes in turns. Both are on SQLite unless empty databases of PostgreSQL's are named. Both print one JSON
-document, and exit with 1 where what they saw is not as it should be; what is measured is on the loopback address,
-clients beside the server.
+times reads over HTTP, the sizes in turns. Both are on SQLite unless empty databases of PostgreSQL's are named. Both
+print one JSON document, and exit with 1 where what they saw is not as it should be; what is measured is on the loopback
+address, clients beside the server.
 """
 
 from __future__ import annotations
