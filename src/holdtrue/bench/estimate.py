@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from holdtrue.bench.cells import Cell
 from holdtrue.runs.spec import RunSpec
+
+V = TypeVar("V")
 
 CHARACTERS_A_TOKEN = 4.0
 TOKENS_A_TURN = 8
@@ -214,7 +216,7 @@ def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
     return answers * sampling.max_new_tokens
 
 
-def _once(known: dict[Any, int], key: Any, make: Any) -> int:
+def _once(known: dict[Any, V], key: Any, make: Callable[[], V]) -> V:
     if key not in known:
         known[key] = make()
     return known[key]
