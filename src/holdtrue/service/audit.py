@@ -47,9 +47,9 @@ def add(
         subject: the id of what it was done to.
         detail: JSON values; never content of a customer, never a secret.
     """
+    session.flush()  # whoever writes locks rows first and the log last, so that no two wait for each other
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-    session.flush()
     last = session.scalars(select(AuditEntry).order_by(AuditEntry.seq.desc()).limit(1)).first()
     entry = AuditEntry(
         seq=last.seq + 1 if last else 1,

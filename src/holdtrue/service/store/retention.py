@@ -21,6 +21,7 @@ from holdtrue.service.store.schema import (
     Job,
     JobState,
     Model,
+    Project,
     Upload,
     UploadPart,
     WebSession,
@@ -61,15 +62,19 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
             worth doing every few hours.
     """
     gone: list[str] = []
+    expired: list[str] = []
     with db.write() as session:
+        # In the order in which requests lock: a kept answer before its project, the project before its files.
         swept = Swept(
-            files=_expire_files(session, now, gone) + _finish_deletions(session, now, gone),
+            requests=_count(session, delete(IdempotentRequest).where(IdempotentRequest.created_at < now - DAY_SECONDS)),
+            sessions=_count(session, delete(WebSession).where(WebSession.expires_at < now)),
+            files=_expire_files(session, now, gone, expired) + _finish_deletions(session, now, gone),
             uploads=_close_uploads(session, now, gone),
             models=_forget_models(session, gone),
             states=_forget_states(session, gone),
-            requests=_count(session, delete(IdempotentRequest).where(IdempotentRequest.created_at < now - DAY_SECONDS)),
-            sessions=_count(session, delete(WebSession).where(WebSession.expires_at < now)),
         )
+        for file_id in expired:  # last, since the log is locked from here on
+            audit.add(session, "system", "file.expire", file_id, now=now)
     if any(swept):
         db.empty_log()
     for key in gone:
@@ -80,15 +85,20 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
     return swept._replace(orphans=_sweep_orphans(db, blobs, now), drafts=drafts)
 
 
-def _expire_files(session: Session, now: int, gone: list[str]) -> int:
+def _expire_files(session: Session, now: int, gone: list[str], expired: list[str]) -> int:
     needed = exists().where(Job.status.in_(_ACTIVE), or_(Job.training_file == File.id, Job.validation_file == File.id))
     query = select(File).where(File.expires_at <= now, File.deleted_at.is_(None), ~needed)
-    rows = session.scalars(query.order_by(File.expires_at).limit(_AT_ONCE).with_for_update(skip_locked=True)).all()
+    query = query.order_by(File.expires_at).limit(_AT_ONCE)
+    projects = set(session.scalars(query.with_only_columns(File.project_id)))
+    if not projects:
+        return 0
+    # In one order, and before the files: each that goes changes what its project stores.
+    session.execute(select(Project.id).where(Project.id.in_(projects)).order_by(Project.id).with_for_update())
+    rows = session.scalars(query.with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [row.blob] if row.blob else []
         row.blob, row.deleted_at, row.filename = None, now, ""
-    for row in rows:
-        audit.add(session, "system", "file.expire", row.id, now=now)
+    expired += [row.id for row in rows]
     return len(rows)
 
 
