@@ -76,7 +76,7 @@ class House:
     def file(self, rows: list[Any] | bytes = ROWS) -> str:
         """Store a training file and return its id."""
         content = rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode()
-        blob = self.blobs.put(BytesIO(content), limit=2**20)
+        blob = self.blobs.put(BytesIO(content), limit=2**22)
         with self.db.write() as session:
             row = File(
                 id=ids.new("file"),

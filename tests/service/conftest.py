@@ -41,10 +41,16 @@ class Postgres:
         self.bin, self.port = bin_dir, free_port()
         self.user: dict[str, Any] = {}
         if os.geteuid() == 0:  # PostgreSQL does not run as root
-            shutil.chown(self.folder, "nobody", "nogroup")
             self.user = {"user": "nobody", "group": "nogroup"}
+        self.own(self.folder)
         self._run("initdb", "-D", self.folder / "data", "-U", "holdtrue", "-A", "trust", "-E", "UTF8", "--no-sync")
         self.start()
+
+    def own(self, folder: Path) -> None:
+        """Give a folder to whom the server runs as, and to nobody else."""
+        if self.user:
+            shutil.chown(folder, **self.user)
+        folder.chmod(0o700)
 
     def _run(self, program: str, *arguments: object) -> None:
         subprocess.run(
@@ -72,11 +78,12 @@ class Postgres:
     def database(self) -> Iterator[str]:
         """Make a database; yield its URL, and drop it afterwards."""
         name = f"t{os.urandom(6).hex()}"
-        self._administer(f"CREATE DATABASE {name}")
+        self.administer(f"CREATE DATABASE {name}")
         yield self.url + name
-        self._administer(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        self.administer(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
-    def _administer(self, statement: str) -> None:
+    def administer(self, statement: str) -> None:
+        """Execute a statement outside of a transaction, in a database of its own."""
         admin = Database(self.url + "postgres", isolation_level="AUTOCOMMIT")
         with contextlib.closing(admin), admin.engine.connect() as connection:
             connection.execute(text(statement))
@@ -109,6 +116,12 @@ def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with request.getfixturevalue("postgres").database() as url:
         yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def fresh_url(request: pytest.FixtureRequest) -> str:
+    """Each database as ``database_url`` has it, for one test alone."""
+    return "" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -51,13 +51,20 @@ class Server:
             return auth.create(session, project_id=project.id, name=slug, role="admin", now=now).secret
 
 
+def settings_of(home: Path, database_url: str = "") -> ServiceSettings:
+    """Return the settings of a service in that home; over PostgreSQL its signing key lies beside the home."""
+    signing_key = home.with_suffix(".pem") if database_url.startswith("postgresql") else None
+    return ServiceSettings(home=home, port=0, database_url=database_url, signing_key=signing_key)
+
+
 def start(home: Path, *options: str, role: str = "api", key: str = "", **environment: str) -> Server:
     """Start a service; one that was started before prints no key again, and ``key`` is the one it has."""
     log = home.with_suffix(".log")
     database = environment.get("HOLDTRUE_DATABASE_URL", "")
-    if database.startswith("postgresql"):
-        signing.make_key(home.with_suffix(".pem"))
-        environment.setdefault("HOLDTRUE_SIGNING_KEY", str(home.with_suffix(".pem")))
+    key_file = settings_of(home, database).signing_key
+    if key_file is not None:
+        signing.make_key(key_file)
+        environment.setdefault("HOLDTRUE_SIGNING_KEY", str(key_file))
     process = subprocess.Popen(
         [sys.executable, "-m", "holdtrue.cli.main", "serve", "--role", role, "--port", "0", "--home", home, *options],
         stdout=subprocess.PIPE,
@@ -71,8 +78,7 @@ def start(home: Path, *options: str, role: str = "api", key: str = "", **environ
     if not key:
         found = re.fullmatch(r"first key, shown only now: (sk-\w{48})\n", process.stdout.readline())
         key = found[1] if found else ""
-    settings = ServiceSettings(home=home, database_url=database)
-    return Server(url[1], key, home, Database(settings.database), process, log)
+    return Server(url[1], key, home, Database(settings_of(home, database).database), process, log)
 
 
 def stop(server: Server) -> int:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +13,16 @@ import pytest
 from openai import OpenAI
 from sqlalchemy import func, select, text
 
-from holdtrue.service import clock
+from holdtrue.service import audit, clock
 from holdtrue.service.jobs.dispatcher import Dispatcher
-from holdtrue.service.serve import environment
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import retention
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.schema import File, UploadPart
+from small_disk import fill, mounted
 
-from ..jobs.test_faults import KILLED
-from .conftest import BASE, ROW, Server, start, stop
+from ..jobs.test_faults import dying
+from .conftest import BASE, ROW, Server, settings_of, start, stop
 
 PUT, DELETE = "holdtrue.service.store.blobs:Blobs.put", "holdtrue.service.store.blobs:Blobs.delete"
 DROP = "holdtrue.service.api.uploads:_drop_parts"
@@ -50,25 +45,16 @@ FEW = {6}
 HALVES = [(ROW * 3).encode(), (ROW * 4).encode()]
 
 
-@contextlib.contextmanager
-def dying(home: Path, point: tuple) -> Iterator[str]:
-    """An API that is killed at a point of the one request that it gets; yields its address."""
-    settings = ServiceSettings(home=home, port=0)
-    command = [sys.executable, KILLED, "api", *map(str, point)]
-    with subprocess.Popen(command, env={**os.environ, **environment(settings)}, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().decode().split()[-1]
-        assert process.wait(30) == -signal.SIGKILL
-
-
 @pytest.mark.parametrize(
     ("step", "point"),
     [pytest.param(*each, marks=() if n in FEW else pytest.mark.slow) for n, each in enumerate(POINTS)],
     ids=str,
 )
-def test_an_upload_to_an_api_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path, step: str, point: tuple):
-    home = tmp_path / "home"
-    server = start(home)
+def test_an_upload_to_an_api_that_is_killed_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, fresh_url: str, step: str, point: tuple
+):
+    settings = settings_of(tmp_path / "home", fresh_url)
+    server = start(settings.home, HOLDTRUE_DATABASE_URL=fresh_url)
     with server.client() as client:
         total = sum(map(len, HALVES))
         upload = client.uploads.create(bytes=total, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune").id
@@ -80,9 +66,9 @@ def test_an_upload_to_an_api_that_is_killed_goes_on_as_if_it_had_not_been(tmp_pa
         "complete": {"json": {"part_ids": sent}},
         "cancel": {},
     }[step]
-    with dying(home, point) as url, pytest.raises(httpx.TransportError):
+    with dying(settings, point) as url, pytest.raises(httpx.TransportError):
         httpx.post(f"{url}/uploads/{upload}/{step}", headers=headers, timeout=60, **body)
-    again = start(home, key=server.key)
+    again = start(settings.home, key=server.key, HOLDTRUE_DATABASE_URL=fresh_url)
     try:
         answer = httpx.post(f"{again.url}/uploads/{upload}/{step}", headers=headers, timeout=60, **body)
         assert answer.status_code == 200, answer.text
@@ -98,7 +84,6 @@ def test_an_upload_to_an_api_that_is_killed_goes_on_as_if_it_had_not_been(tmp_pa
                 (file,) = client.files.list().data
                 assert client.files.content(file.id).read() == b"".join(HALVES)
         later = round(clock.now() + retention.GRACE_SECONDS + 60)
-        settings = ServiceSettings(home=home)
         blobs = Blobs(settings.blobs)
         retention.sweep(again.db, blobs, later, settings)
         with again.db.read() as session:
@@ -106,7 +91,7 @@ def test_an_upload_to_an_api_that_is_killed_goes_on_as_if_it_had_not_been(tmp_pa
         assert {stored.key for stored in blobs.stored()} == kept
         assert len(kept) == (step != "cancel")
         assert count(again, UploadPart) == 0
-        assert [path for path in home.rglob("incoming/*") if path.is_file()] == []
+        assert [path for path in settings.home.rglob("incoming/*") if path.is_file()] == []
     finally:
         stop(again)
 
@@ -167,31 +152,15 @@ def jobs_over_a_restart(postgres, server: Server, file_id: str) -> None:
     with server.client() as client:
         assert sorted(job.id for job in client.fine_tuning.jobs.list(limit=100)) == sorted(made)
     assert len(set(made)) == 16
+    with server.db.read() as session:
+        assert audit.verify(session).broken is None
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A service's home on a file system of 12 MiB."""
-    if os.geteuid():
-        pytest.skip("only root can mount a small disk: SQLite on a full one is not tried")
-    home = tmp_path / "home"
-    home.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", home], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no small disk can be mounted here, SQLite on a full one is not tried: {done.stderr.strip()}")
-    yield home
-    subprocess.run(["umount", "-l", home], check=True)
-
-
-def fill(home: Path) -> Path:
-    """Leave no room on a disk; return the file to delete."""
-    filler = home / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        for size in (2**16, 2**12, 1):
-            with contextlib.suppress(OSError):
-                while file.write(b"x" * size) == size:
-                    pass
-    return filler
+    with mounted(tmp_path / "home", "12m"):
+        yield tmp_path / "home"
 
 
 def test_sqlite_on_a_full_disk_refuses_and_loses_nothing(small_disk: Path):

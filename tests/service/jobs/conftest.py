@@ -7,6 +7,10 @@ ON_BOTH = (
     "test_leases",
     "test_nobody_takes_a_job_before",
     "test_projects_take_turns",
+    "test_several_sweep_at_once",
+    "test_a_sweep_and_an_erasure",
+    "test_a_statement_that_is_refused",
+    "test_an_upload_to_an_api_that_is_killed_leaves",
 )
 """What every run of the tests tries on PostgreSQL too; the rest is slow there, and for `make test-service`."""
 

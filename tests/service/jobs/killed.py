@@ -14,12 +14,18 @@ from holdtrue.service.serve import serve
 from holdtrue.service.settings import ServiceSettings
 
 
-def die_at(target: str, when: str, call: int, wanted: str) -> None:
+def find(target: str) -> tuple[Any, str]:
+    """Return what holds the function that ``MODULE:NAME`` names, and its name there."""
     module, _, dotted = target.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = dotted.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
+    return owner, name
+
+
+def die_at(target: str, when: str, call: int, wanted: str) -> None:
+    owner, name = find(target)
     inner, calls = getattr(owner, name), 0
 
     def outer(*args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,14 +22,16 @@ from sqlalchemy.exc import OperationalError
 from holdtrue.service import clock
 from holdtrue.service.jobs import leases, publish, worker
 from holdtrue.service.jobs.dispatcher import Dispatcher
+from holdtrue.service.jobs.keeping import Keeper
 from holdtrue.service.jobs.progress import Reporter
 from holdtrue.service.jobs.worker import Worker
 from holdtrue.service.serve import environment
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import retention
-from holdtrue.service.store.schema import File, Job, JobEvent, Model
+from holdtrue.service.store.schema import File, Job, JobEvent, JobState, Model
+from house import ROWS
 
-from ..api.conftest import BASE, ROW, start, stop
+from ..api.conftest import BASE, ROW, settings_of, start, stop
 
 KILLED = Path(__file__).with_name("killed.py")
 MARK = "holdtrue.runs.directory:Run.mark"
@@ -45,7 +49,7 @@ POINTS = [
     ("holdtrue.training.trainer:seal", "before", 2),
     ("holdtrue.training.trainer:seal", "after", 2),
     ("holdtrue.service.jobs.snapshot:save_rest", "after", 2),
-    ("holdtrue.service.jobs.worker:_checkpoint_row", "after", 1),
+    ("holdtrue.service.jobs.keeping:_checkpoint_row", "after", 1),
     ("holdtrue.service.store.blobs:Blobs.delete", "before", 2),
     ("holdtrue.runs.evaluate:measure_tasks", "after", 1),
     ("holdtrue.runs.gate:_margin", "after", 1),
@@ -55,6 +59,7 @@ POINTS = [
     ("holdtrue.service.jobs.publish:_end", "before", 1),
     ("holdtrue.service.jobs.publish:_end", "after", 1),
     ("holdtrue.service.jobs.worker:publish", "after", 1),
+    ("holdtrue.training.trainer:DefendedTrainer.training_step", "before", 6),  # of two micro-batches a step
 ]
 FEW = {6, 12, 27}
 """Which of them every run of the tests tries; all are tried with those that are marked slow."""
@@ -79,6 +84,16 @@ def killed(house, role: str, point: tuple) -> None:
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+
+
+@contextlib.contextmanager
+def dying(settings: ServiceSettings, point: tuple) -> Iterator[str]:
+    """An API that is killed at a point of the one request that it gets; yields its address."""
+    command = [sys.executable, KILLED, "api", *map(str, point)]
+    with subprocess.Popen(command, env={**os.environ, **environment(settings)}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().decode().split()[-1]
+        assert process.wait(30) == -signal.SIGKILL
 
 
 def expire(house, job_id: str) -> None:
@@ -108,6 +123,67 @@ def test_killed_anywhere_equals_undisturbed(house, point):
     assert Worker(other_host(house), db=house.db, blobs=house.blobs).work_one() != at_once
     assert house.visible(job_id) == house.visible(plain)
     assert story(house, job_id) == story(house, plain)
+
+
+LONG = b"".join(json.dumps(row).encode() + b" " * 100_000 + b"\n" for row in ROWS)
+"""Rows of more than the one piece in which content is copied."""
+
+
+def test_killed_inside_a_download_equals_undisturbed(house):
+    plain = house.job(LONG)
+    house.dispatch()
+    house.work()
+    assert house.get(plain).status == "succeeded", house.get(plain).error
+    job_id = house.job(LONG)
+    house.dispatch()
+    killed(house, "worker", ("holdtrue.service.store.away:Reading.read", "before", 2))
+    (half,) = (house.settings.home / "work" / job_id).rglob(".training_file.jsonl.*")
+    assert 0 < half.stat().st_size < len(LONG)
+    expire(house, job_id)
+    assert Worker(other_host(house), db=house.db, blobs=house.blobs).work_one()
+    assert house.visible(job_id) == house.visible(plain)
+    assert story(house, job_id) == story(house, plain)
+
+
+@pytest.mark.parametrize(
+    ("point", "further"),
+    [
+        (("holdtrue.service.jobs.keeping:Keeper.save", "after", 2), True),
+        (("holdtrue.service.store.blobs:Blobs.fetch", "before", 1), False),
+    ],
+    ids=["further", "nowhere"],
+)
+def test_a_job_is_given_up_only_where_its_workers_die_without_getting_further(house, point, further):
+    job_id = house.job()
+    house.dispatch()
+    with house.db.write() as session:
+        session.get_one(Job, house.get(job_id).seq).tries = leases.MOST_TRIES - 1
+    killed(house, "worker", point)
+    assert house.get(job_id).tries == (1 if further else leases.MOST_TRIES)
+    expire(house, job_id)
+    assert house.work() == further
+    assert house.get(job_id).status == ("succeeded" if further else "failed")
+
+
+def test_a_save_of_nothing_new_is_not_further(house, monkeypatch):
+    """A minute of a stage is worth saving; what dies in it again and again is given up all the same."""
+    monkeypatch.setattr(Keeper, "SECONDS", 0.0)
+    job_id, inner = house.job(), Reporter.tell
+    house.dispatch()
+
+    def tell(self, fields):
+        inner(self, fields)
+        raise SystemExit
+
+    monkeypatch.setattr(Reporter, "tell", tell)
+    for tries in range(1, leases.MOST_TRIES + 1):
+        with pytest.raises(SystemExit):
+            house.work()
+        assert house.all(JobState, job_id) != []
+        assert house.get(job_id).tries == tries
+        expire(house, job_id)
+    assert not house.work()
+    assert house.get(job_id).status == "failed"
 
 
 VALIDATED = [
@@ -164,23 +240,17 @@ CREATED = [
 
 
 @pytest.mark.parametrize("point", CREATED, ids=str)
-def test_a_job_asked_for_of_an_api_that_is_killed_is_there_once(tmp_path: Path, point):
+def test_a_job_asked_for_of_an_api_that_is_killed_is_there_once(tmp_path: Path, fresh_url: str, point):
     home = tmp_path / "home"
-    server = start(home)
+    server = start(home, HOLDTRUE_DATABASE_URL=fresh_url)
     with server.client() as client:
         file_id = client.files.create(file=("a.jsonl", (ROW * 12).encode()), purpose="fine-tune").id
     stop(server)
     body = {"model": BASE, "training_file": file_id}
-    command = [sys.executable, KILLED, "api", *map(str, point)]
-    settings = ServiceSettings(home=home, port=0)
-    with subprocess.Popen(command, env={**os.environ, **environment(settings)}, stdout=subprocess.PIPE) as dying:
-        assert dying.stdout is not None
-        url = dying.stdout.readline().decode().split()[-1]
-        headers = {"authorization": f"Bearer {server.key}", "idempotency-key": "k1"}
-        with pytest.raises(httpx.TransportError):
-            httpx.post(f"{url}/fine_tuning/jobs", json=body, headers=headers, timeout=60)
-        assert dying.wait(30) == -signal.SIGKILL
-    again = start(home, key=server.key)
+    headers = {"authorization": f"Bearer {server.key}", "idempotency-key": "k1"}
+    with dying(settings_of(home, fresh_url), point) as url, pytest.raises(httpx.TransportError):
+        httpx.post(f"{url}/fine_tuning/jobs", json=body, headers=headers, timeout=60)
+    again = start(home, key=server.key, HOLDTRUE_DATABASE_URL=fresh_url)
     try:
         with again.client() as client:
             kept = [job.id for job in client.fine_tuning.jobs.list()]
@@ -194,9 +264,9 @@ def test_a_job_asked_for_of_an_api_that_is_killed_is_there_once(tmp_path: Path, 
         stop(again)
 
 
-def test_an_upload_to_an_api_that_is_killed_leaves_nothing(tmp_path: Path):
+def test_an_upload_to_an_api_that_is_killed_leaves_nothing(tmp_path: Path, fresh_url: str):
     home = tmp_path / "home"
-    server = start(home)
+    server = start(home, HOLDTRUE_DATABASE_URL=fresh_url)
     headers = {"authorization": f"Bearer {server.key}", "content-type": "multipart/form-data; boundary=x"}
 
     def half():
@@ -208,7 +278,7 @@ def test_an_upload_to_an_api_that_is_killed_leaves_nothing(tmp_path: Path):
 
     with pytest.raises(httpx.TransportError):
         httpx.post(f"{server.url}/files", content=half(), headers=headers, timeout=60)
-    again = start(home, key=server.key)
+    again = start(home, key=server.key, HOLDTRUE_DATABASE_URL=fresh_url)
     try:
         with again.client() as client:
             assert client.files.list().data == []
@@ -252,30 +322,42 @@ def test_postgresql_restarted_in_the_middle_loses_and_doubles_nothing(postgres, 
         thread.join(30)
     assert len(calls) > 3
     assert house.visible(job_id) == house.visible(plain)
-    told = [text for text in story(house, job_id) if "tried again" not in text and "running" not in text]
+    assert house.get(job_id).tries == house.get(plain).tries
+    told = [text for text in story(house, job_id) if "does not answer" not in text and "running" not in text]
     assert told == [text for text in story(house, plain) if "running" not in text]
 
 
 @pytest.mark.parametrize("step", [86_400.0, -86_400.0])
 def test_a_clock_that_steps_costs_a_takeover_at_most(house, monkeypatch, step):
-    if not house.db.is_sqlite:
-        pytest.skip("its leases go by the database's clock")
+    """Leases go by the clock that all hosts share: over PostgreSQL that is its own, and a host's costs nothing."""
     plain = house.job()
     house.dispatch()
     house.work()
     job_id = house.job()
     house.dispatch()
-    offset, taken, inner = [0.0], [], Reporter._flush
-    monkeypatch.setattr(clock, "time", types.SimpleNamespace(time=lambda: time.time() + offset[0]))
+    hosts, database, seen, taken, inner, shared = [0.0], [0.0], [], [], Reporter._flush, clock.shared
+    monkeypatch.setattr(clock, "time", types.SimpleNamespace(time=lambda: time.time() + hosts[0]))
+    monkeypatch.setattr(clock, "shared", lambda session: shared(session) + database[0])
+
+    def held() -> tuple:
+        job = house.get(job_id)
+        return job.status, job.lease_owner, job.fence, job.tries
+
+    def take():
+        return leases.take(house.db, "other", house.settings.lease_seconds)
 
     def flush(self):
         inner(self)
-        if not offset[0] and house.get(job_id).stage == "train":
-            offset[0] = step
-            taken.append(leases.take(house.db, "other", house.settings.lease_seconds))
+        if not taken and house.get(job_id).stage == "train":
+            before, hosts[0] = held(), step
+            if not house.db.is_sqlite:
+                seen.extend([take(), held() == before])
+                database[0] = step
+            taken.append(take())
 
     monkeypatch.setattr(Reporter, "_flush", flush)
     assert house.work()
+    assert seen == ([] if house.db.is_sqlite else [None, True])
     assert taken[0] is not None  # the other cannot know better, and the first has noticed
     assert house.get(job_id).status == "running"
     assert house.get(job_id).lease_owner == "other"

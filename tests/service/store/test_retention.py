@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import pytest
 from sqlalchemy import inspect, select, text, update
 
 from holdtrue.errors import SpecError
-from holdtrue.service import audit, auth, clock, ids
+from holdtrue.service import audit, auth, clock, ids, quotas
 from holdtrue.service.jobs import events, lifecycle
 from holdtrue.service.store import erasure, retention
 from holdtrue.service.store.blobs import Blobs
@@ -265,7 +267,8 @@ def _jobs(house) -> list[str]:
         return list(session.scalars(select(Job.id)))
 
 
-def test_several_sweep_at_once(house):
+def test_several_sweep_at_once(house, monkeypatch):
+    monkeypatch.setattr(retention, "_AT_ONCE", 5)  # a share for each
     for _ in range(20):
         house.file()
         add_upload(house, "pending", expires=1)
@@ -280,6 +283,34 @@ def test_several_sweep_at_once(house):
     assert len(found) == 4
     assert sum(swept.files for swept in found) == sum(swept.uploads for swept in found) == 20
     assert keys(house) == set()
+    with house.db.read() as session:
+        told = session.scalars(select(AuditEntry.subject).where(AuditEntry.action == "file.expire")).all()
+        assert len(told) == len(set(told)) == 20
+        assert audit.verify(session).broken is None
+
+
+def test_a_sweep_and_an_erasure_do_not_wait_for_each_other(house):
+    """Both change files, what their project stores, and the audit log."""
+    project, begun = house.tenant["project"], threading.Event()
+    house.file()
+    with house.db.write() as session:
+        session.execute(update(File).values(expires_at=1))
+
+    def erase() -> None:
+        with house.db.write() as session:  # as erase_project does, which would be too quick to meet
+            quotas.lock_project(session, project)
+            begun.set()
+            time.sleep(1)
+            session.execute(update(File).values(sha256=""))
+            audit.add(session, "somebody", "project.erase", project, now=clock.now())
+
+    with ThreadPoolExecutor(1) as pool:
+        erased = pool.submit(erase)
+        assert begun.wait(20)
+        assert sweep(house).files == 1
+        erased.result(20)
+    with house.db.read() as session:
+        assert audit.verify(session).broken is None
 
 
 SECRET = "Zanzibar"

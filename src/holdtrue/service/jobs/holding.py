@@ -18,11 +18,12 @@ class Held:
     Attributes:
         stop: what the run looks at.
         lost: the lease is gone: nothing may be written any more.
+        away: it is, as far as can be known, since the database has not answered for as long as it lasted.
         pausing: the customer wants the job to pause.
     """
 
     def __init__(self, lease: Lease, service_stop: threading.Event) -> None:
-        self.stop, self.lost, self.pausing = threading.Event(), False, False
+        self.stop, self.lost, self.away, self.pausing = threading.Event(), False, False, False
         self._lease, self._service_stop, self._done = lease, service_stop, threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"lease {lease.job_id}", daemon=True)
 
@@ -51,7 +52,7 @@ class Held:
                 self.lost = True
             except Exception as error:  # the database is away: hold on as long as the lease lasts
                 log.warning("cannot renew", job=self._lease.job_id, error=type(error).__name__)
-                self.lost = time.monotonic() - renewed > self._lease.seconds
+                self.lost = self.away = time.monotonic() - renewed > self._lease.seconds
             if self.lost:
                 self.stop.set()
                 return

@@ -21,6 +21,7 @@ from holdtrue.service.store.schema import Job, JobCheckpoint, JobState
 
 EPOCHS = "epochs"
 """The folder of a run in which the adapters of epochs' ends are kept, by step."""
+SEALED = "checkpoint-*/holdtrue_seal.json"
 
 
 class Keeper:
@@ -33,7 +34,7 @@ class Keeper:
 
     def __init__(self, run: Run, lease: Lease, blobs: Blobs, *, attempt: int, rows: str | None) -> None:
         self._run, self._lease, self._blobs, self._attempt, self._rows = run, lease, blobs, attempt, rows
-        self._saved_at, self._saw = time.monotonic(), self._mark()
+        self._saved_at, self._saw, self._furthest = time.monotonic(), self._mark(), self._reached()
 
     def due(self, stage: str) -> bool:
         """Say whether there is what is worth saving: a stage's end, a checkpoint, a minute of work on what has none."""
@@ -45,6 +46,7 @@ class Keeper:
         self._keep_epochs()
         if self._rows is None and self._run.is_done("prepare"):
             self._rows = snapshot.save_rows(self._run, self._blobs)
+        reached = self._reached()
         rest = snapshot.save_rest(self._run, self._blobs)
         with self._lease.write() as (session, job):
             key = (job.id, self._attempt)
@@ -56,8 +58,11 @@ class Keeper:
             state.rows, state.rest, state.saved_at = self._rows, rest, clock.now()
             for step, metrics in self._epoch_metrics().items():
                 _checkpoint_row(session, job, self._attempt, step, metrics)
+            if reached > self._furthest:
+                job.tries = 1  # this lease: what killed the ones before is past
         if before is not None:
             self._blobs.delete(before)
+        self._furthest = max(self._furthest, reached)
         self._saved_at, self._saw = time.monotonic(), self._mark()
 
     def steps(self) -> list[int]:
@@ -71,9 +76,16 @@ class Keeper:
         return (self._run.marker("train") or {}).get("report", {}).get("steps")
 
     def _mark(self) -> tuple[str, ...]:
-        sealed = (path.parent.name for path in self._run.checkpoints.glob("checkpoint-*/holdtrue_seal.json"))
+        sealed = (path.parent.name for path in self._run.checkpoints.glob(SEALED))
         done = (path.name for path in (self._run.path / "stages").glob("*.json"))
         return tuple(sorted([*sealed, *done]))
+
+    def _reached(self) -> tuple[int, int, int]:
+        """Return how far the run has come: stages done, the last whole checkpoint, bytes of what was measured."""
+        stages = list((self._run.path / "stages").glob("*.json"))
+        sealed = [int(path.parent.name.rpartition("-")[2]) for path in self._run.checkpoints.glob(SEALED)]
+        measured = (self._run.path / "evaluations").rglob("[!.]*.json*")
+        return len(stages), max(sealed, default=0), sum(path.stat().st_size for path in measured)
 
     def _keep_epochs(self) -> None:
         """Copy out the adapters of checkpoints at which an epoch ended; the run itself keeps the last two alone."""

@@ -22,12 +22,15 @@ from holdtrue.service.store.schema import Job
 from holdtrue.service.store.walk import walk
 
 MOST_TRIES = 8
-"""Leases that may be lost to dying workers before a job is given up."""
+"""Leases that may be lost to dying workers, without anything saved that goes further, before a job is given up."""
 LONGEST_WAIT = 300.0
 """Seconds for which a job that was given back may be left alone."""
 
 _STEP = 10
-"""A lease with so many times its length to go was taken before the clock was set back, and is void."""
+"""A lease with so many times its length to go was taken before the clock was set back, and is void.
+
+Its length is not stored: it is the taker's own, and all workers of a service have the same.
+"""
 
 
 class LeaseLostError(HoldtrueError):
@@ -144,7 +147,8 @@ def _give_up(session: Session, job: Job) -> None:
         lifecycle.move(session, job, "running", "The job is running")
     error = {
         "code": "server_error",
-        "message": f"the job was begun {job.tries} times and its worker died each time; nothing was released",
+        "message": f"the job was begun {job.tries} times, and its worker died each time before it got any further; "
+        "nothing was released",
         "param": None,
     }
     lifecycle.move(session, job, "failed", error["message"] or "", error=error, level="error")

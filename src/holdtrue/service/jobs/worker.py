@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import threading
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +31,13 @@ from holdtrue.service.policy import store as policies
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.away import is_store_away
 from holdtrue.service.store.blobs import Blobs
-from holdtrue.service.store.database import Database
+from holdtrue.service.store.database import Database, trouble
 from holdtrue.service.store.schema import ENDED, File, Job, JobState, Model, Policy
 
 log = structlog.get_logger()
 IDLE_SECONDS = 1.0
 FAILED_SECONDS = 5.0
+_DATABASE_AWAY = "The service's database does not answer; the job goes on when it does"
 _PATH = re.compile(r"(?<![\w.])(?:/[\w.@+-]+)+/([\w.@+-]+)")
 
 
@@ -82,21 +82,22 @@ class Worker:
     def work_one(self, stop: threading.Event | None = None) -> bool:
         """Take a job and work on it to its end, or as far as it goes; say whether there was one."""
         self._clean()
+        stop = stop or threading.Event()
         lease = leases.take(self._db, self._owner, self._settings.lease_seconds)
         if lease is None:
             return False
         bound = log.bind(job=lease.job_id, fence=lease.fence, worker=self._owner)
         bound.info("took job")
-        held = Held(lease, stop or threading.Event())
+        held = Held(lease, stop)
         try:
             with held:
                 action = self._train(lease, held)
             bound.info("job done", action=action)
             self._waits.pop(lease.job_id, None)
         except (LeaseLostError, Interrupted) as error:
-            self._stopped(lease, held, error)
+            self._stopped(lease, held, error, stop)
         except Exception as error:
-            self._failed(lease, error)
+            self._failed(lease, error, stop)
         return True
 
     # One job
@@ -215,8 +216,10 @@ class Worker:
 
     # When it does not end as it should
 
-    def _stopped(self, lease: Lease, held: Held, error: HoldtrueError) -> None:
-        if held.lost or isinstance(error, LeaseLostError):
+    def _stopped(self, lease: Lease, held: Held, error: HoldtrueError, stop: threading.Event) -> None:
+        if held.away:
+            self._set_aside(lease, _DATABASE_AWAY, stop)
+        elif held.lost or isinstance(error, LeaseLostError):
             log.warning("lost job", job=lease.job_id, fence=lease.fence)
         elif held.pausing:
             with contextlib.suppress(LeaseLostError), lease.write() as (session, job):
@@ -228,11 +231,11 @@ class Worker:
         else:
             lease.release()
 
-    def _failed(self, lease: Lease, error: Exception) -> None:
+    def _failed(self, lease: Lease, error: Exception, stop: threading.Event) -> None:
         log.error("job failed", job=lease.job_id, error=type(error).__name__, exc_info=True)
         reason = _waits_for(error)
         if reason is not None:
-            self._set_aside(lease, reason)
+            self._set_aside(lease, reason, stop)
             return
         told = _told(error)
         with contextlib.suppress(LeaseLostError), lease.write() as (session, job):
@@ -242,12 +245,24 @@ class Worker:
                 text = f"The job failed: {told['message']}"
                 lifecycle.move(session, job, "failed", text, error=told, level="error")
 
-    def _set_aside(self, lease: Lease, reason: str) -> None:
-        """Give a job back that nothing is wrong with, and leave it alone for longer each time."""
+    def _set_aside(self, lease: Lease, reason: str, stop: threading.Event) -> None:
+        """Give a job back that nothing is wrong with, and leave it alone for longer each time.
+
+        Where the database is what keeps it, that waits until the database is back: a lease that ran out costs a try.
+        """
         times = self._waits.get(lease.job_id, 0)
         self._waits[lease.job_id] = times + 1
-        lease.release(reason, after=FAILED_SECONDS * 2 ** min(times, 10))
-        time.sleep(FAILED_SECONDS)  # what keeps this job may keep the next one as well
+        given_back = False
+        while not given_back:
+            try:
+                lease.release(reason, after=FAILED_SECONDS * 2 ** min(times, 10))
+                given_back = True
+            except Exception as error:
+                if trouble(error) is None:
+                    raise
+                log.warning("cannot give back", job=lease.job_id, error=type(error).__name__)
+            if stop.wait(FAILED_SECONDS):  # what keeps this job may keep the next one as well
+                return
 
     def _clean(self) -> None:
         """Delete what ended jobs, and lost leases of this process, left on this host."""
@@ -282,10 +297,13 @@ def _tracker(lease: Lease, plan: _Plan, folder: Path) -> Tracker | None:
 
 def _waits_for(error: Exception) -> str | None:
     """Return what to say of an error that passes while the job waits; ``None`` for any other."""
-    if run_files.is_disk_full(error):
+    found = trouble(error)
+    if run_files.is_disk_full(error) or found == "full":
         return "The service's storage is full; the job goes on when there is room"
     if is_store_away(error):
         return "The service's object store cannot be reached; the job goes on when it can"
+    if found == "away":
+        return _DATABASE_AWAY
     if isinstance(error, policies.PolicyUnreadableError):
         return "The policy that the job began with cannot be read by this version of the service; the job waits"
     return None

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from holdtrue.errors import SpecError
+from holdtrue.runs.files import causes
 
 BUSY_SECONDS = 30.0
 """How long a writer of SQLite waits for the one before it."""
 CONNECTIONS = 40
 """As many as an API process has threads, which anyio limits to so many: a request has one at a time, and none waits."""
 _KEPT = 10
+_AWAY = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PROTOCOL,
+}
+_AWAY_CLASSES = {"08", "40", "53", "55", "57", "58"}
+"""Of PostgreSQL's states: connection, rollback, resources, locks, an operator's doing, the system below."""
 
 
 class Database:
@@ -84,6 +97,29 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def trouble(error: BaseException) -> Literal["full", "away"] | None:
+    """Say whether an error, or what caused it, is a database without room, or one that is away or locked: both pass.
+
+    A statement that a database refuses for what it says is neither.
+    """
+    for seen in causes(error):
+        if isinstance(seen, PoolTimeoutError):
+            return "away"
+        if isinstance(seen, OperationalError) and (found := _trouble(seen.orig)) is not None:
+            return found
+    return None
+
+
+def _trouble(error: BaseException | None) -> Literal["full", "away"] | None:
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        full, away = code == sqlite3.SQLITE_FULL, code in _AWAY
+    else:
+        state = getattr(error, "sqlstate", None)  # a server that does not answer gives none
+        full, away = state == "53100", state is None or state[:2] in _AWAY_CLASSES
+    return "full" if full else "away" if away else None
 
 
 def _to_json(value: Any) -> str:

@@ -233,7 +233,7 @@ class Job(Base):
     held: Mapped[bool] = mapped_column(default=False)
     tagged: Mapped[bool] = mapped_column(default=False, server_default=false())
     attempt: Mapped[int] = mapped_column(Integer, default=0)
-    tries: Mapped[int] = mapped_column(Integer, default=0)  # leases taken; too many deaths fail the job
+    tries: Mapped[int] = mapped_column(Integer, default=0)  # leases since it last got further; too many fail it
     error: Mapped[dict[str, Any] | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     charged_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of what it has trained
