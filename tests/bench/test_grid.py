@@ -347,6 +347,23 @@ def test_many_cells_are_asked_about(write: Write, tmp_path: Path, capfd: Capture
     assert not (tmp_path / "out").exists()
 
 
+def test_who_is_asked_about_many_cells_can_say_no(write: Write, tmp_path: Path) -> None:
+    path = write(lambda v: v.update(seeds=list(range(101))))
+    asks, answers = os.openpty()
+    command = [sys.executable, "-m", "holdtrue.cli.main", "bench", str(path), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=answers, stdout=subprocess.DEVNULL, stderr=answers) as process:
+        os.close(answers)
+        told = b""
+        while b"Go on?" not in told:
+            told += os.read(asks, 4096)
+        os.write(asks, b"n\n")
+        assert process.wait(60) != 0
+    os.close(asks)
+    assert b"202 cells are to be run" in told
+    assert b"training tokens" in told
+    assert not (tmp_path / "out").exists()
+
+
 def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
