@@ -216,12 +216,14 @@ def until_waiting(db: Database, other: Future[Any]) -> None:
     """Return once somebody waits for a lock of the database, or is done: on SQLite a writer waits at its start."""
     whose = "datname = current_database() AND wait_event_type = 'Lock'"
     waiting = text(f"SELECT count(*) FROM pg_stat_activity WHERE {whose}")
+    if db.is_sqlite:
+        time.sleep(0.3)
+        return
     end = time.monotonic() + 60
-    while not other.done() and time.monotonic() < end:
-        if db.is_sqlite:
-            time.sleep(0.3)
-            return
+    while time.monotonic() < end:
         with db.read() as session:
             if session.scalar(waiting):
                 return
+        assert not other.done(), "it waited for nobody"
         time.sleep(0.02)
+    raise AssertionError("nobody has waited for a minute")

@@ -150,7 +150,7 @@ def test_a_plain_peft_model_loads_the_adapter(folder: Path, tiny_dir: Path) -> N
         ({"defenses": "[{safelora: {}}]"}, 4, "safelora"),
         ({"defenses": "[{interleave: {pool: nowhere.jsonl}}]"}, 4, "nowhere.jsonl"),
         ({"defenses": "[{interleave: {pool: far.jsonl, fraction: 0.2}}]"}, 4, "rows of kind 'safe'"),
-        ({"defenses": "[{kl: {on: pool, pool: far.jsonl}}]"}, 4, "rows of kind 'pool'"),
+        ({"defenses": "[{kl: {on: pool, pool: far.jsonl, tokens: response}}]"}, 4, "rows of kind 'pool'"),
         ({"defenses": "[{kl: {weight: -0.1}}]"}, 2, "weight"),
         ({"defenses": "[inoculation, treft]"}, 2, "treft contradicts inoculation"),
         ({"defenses": "[interleav]"}, 2, "did you mean 'interleave'?"),
@@ -193,6 +193,15 @@ def test_answers_beyond_max_length_leave_nothing_to_train_on(folder: Path, capfd
         "--set", "defenses=[]",
     )  # fmt: skip
     assert code == 5
+    assert "max_length" in document["error"]["message"]
+
+
+def test_safe_rows_alone_are_no_task(folder: Path, capfd: Capture) -> None:
+    write_rows(folder / "train.jsonl", [chat("Why? " * 200, "So.")] * 4)
+    out = folder / "out"
+    code, document, _ = run_json(capfd, "train", str(folder / "spec.yaml"), "--out", str(out))
+    assert code == 5
+    assert "train.jsonl" in document["error"]["message"]
     assert "max_length" in document["error"]["message"]
 
 

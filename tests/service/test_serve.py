@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from holdtrue.cli.main import main
@@ -27,6 +29,8 @@ from holdtrue.service.evidence import signing
 from holdtrue.service.serve import check_exposure, environment, listen
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
+from holdtrue.service.store.database import Database
+from holdtrue.service.store.schema import Project
 from holdtrue.service.supervisor import Child, Supervisor
 
 
@@ -194,10 +198,16 @@ def test_a_store_without_its_disk_is_not_written_to(
         said = " ".join(capsys.readouterr().err.split())
         assert "names 1 files and folders" in said
         assert "mount its disk" in said
-    (tmp_path / "h" / "blobs" / "incoming").rmdir()
-    (tmp_path / "h" / "blobs").rmdir()
-    (tmp_path / "disk").rename(tmp_path / "h" / "blobs")
+    empty = tmp_path / "h" / "blobs"
+    empty.rename(tmp_path / "empty")
+    (tmp_path / "disk").rename(empty)
     monkeypatch.setattr("holdtrue.service.serve._supervise", lambda *_: None)
+    assert main(["serve", "--port", "0", "--home", str(tmp_path / "h")]) == 0
+    # Lost for good, and given up.
+    empty.rename(tmp_path / "disk")
+    with contextlib.closing(Database(settings.database)) as db, db.read() as session:
+        project = session.scalars(select(Project.id)).one()
+    assert main(["projects", "erase", project, "--yes", "--home", str(tmp_path / "h")]) == 0
     assert main(["serve", "--port", "0", "--home", str(tmp_path / "h")]) == 0
 
 

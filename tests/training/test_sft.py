@@ -95,7 +95,8 @@ def test_what_it_cannot_do_is_refused(tiny_model, tiny_dir, tmp_path):
         trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, settings={"packing": True})
     with pytest.raises(SpecError, match="loss_type 'dft' is not supported"):
         trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, settings={"loss_type": "dft"})
-    with pytest.raises(NeedError, match="kl holds rows of kind 'pool'"):
-        trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, defenses=[{"kl": {"on": "pool"}}])
+    for defense in ({"kl": {"on": "pool"}}, "gradient_projection", "preference"):
+        with pytest.raises(SpecError, match="TRL's batches do not tell"):
+            trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, defenses=[defense])
     with pytest.raises(NeedError, match="full fine-tuning"):
         trainer(DefendedSFTTrainer, tiny_model, tiny_dir, tmp_path, adapt=False)

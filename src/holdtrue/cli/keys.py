@@ -145,11 +145,14 @@ def list_keys(
 
 
 def _find(session: Session, key_id: str) -> ApiKey:
+    from holdtrue.service import quotas
     from holdtrue.service.store.schema import ApiKey
 
     row = session.get(ApiKey, key_id)
     if row is None:
         raise SpecError(f"there is no key {key_id!r}; `holdtrue keys list` lists them")
+    quotas.lock_project(session, row.project_id)  # what its requests are writing is done first
+    session.refresh(row)
     return row
 
 

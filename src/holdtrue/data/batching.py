@@ -31,8 +31,16 @@ GHOST = -1
 
 
 def each_of_kind(rows: Any, kind: int) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a data set that are of a kind, in their order; none where it has no column ``kind``."""
-    kinds = rows["kind"] if "kind" in (getattr(rows, "column_names", None) or ()) else []
+    """Yield the rows that are of a kind, in their order; a row without ``kind`` is a task's, kind 0.
+
+    Args:
+        rows: a data set, whose column is looked through first, or anything indexable.
+        kind: a number of ``KINDS``.
+    """
+    names = getattr(rows, "column_names", None)
+    if names is None:
+        return (rows[i] for i in range(len(rows)) if rows[i].get("kind", 0) == kind)
+    kinds = rows["kind"] if "kind" in names else np.zeros(len(rows))
     return (rows[i] for i in np.flatnonzero(np.asarray(kinds) == kind).tolist())
 
 

@@ -232,7 +232,12 @@ def _check_something_left(path: Path, prepared: Prepared) -> None:
         message = "no token is left to train on: every answer lies beyond training.max_length; raise it"
         raise DataError(path, [Problem(0, "", message)])
     for kind, count in prepared.by_kind.items():
-        if count.rows and not count.response_tokens:
+        if not count.rows or count.response_tokens:
+            continue
+        if kind == "task":
+            message = "no answer of it is left to train on: each lies beyond training.max_length; raise it"
+            raise DataError(path, [Problem(0, "", message)])
+        if kind != "pool":  # of which a defense may hold the questions; the trainer looks
             raise NeedError(
                 f"a defense adds {count.rows} rows of kind {kind!r}, and every answer of theirs lies beyond "
                 "training.max_length, or is not trained on: raise it, or give other rows"

@@ -60,7 +60,7 @@ def screen_data(
         stop: set it, and the work is interrupted; the same call goes on.
 
     Raises:
-        DataError: faulty rows, or none that can be read.
+        DataError: faulty rows, none that can be read, or fewer than a limit on the risk needs.
         NeedError: a vector or scorer of another model, or a limit on the risk where nothing is calibrated.
         Interrupted: what was measured is kept.
         RunError: the model, the cache or the trial fails.
@@ -98,6 +98,13 @@ class Screener:
                 "these settings: limit an indicator (max_projection, max_gap, max_drift), or take the calibrated model "
                 "and the default settings"
             )
+        if summary.rows < spec.steps * TRIAL_BATCH:
+            calibration = None  # a shorter trial drifts less
+            if spec.max_risk is not None:
+                message = (
+                    f"a risk needs the {spec.steps * TRIAL_BATCH} rows of the trial, and the file has {summary.rows}"
+                )
+                raise DataError(summary.path, [Problem(0, "", message)])
         if "projection" in spec.indicators and spec.vector is not None:
             _ = self.along  # A file that does not fit is named before anything is measured.
         if spec.scorers:
@@ -302,7 +309,8 @@ class Screener:
         if not calibrated:
             notes.append(
                 "no risk and no suggestion: the indicators are calibrated on smollm2-135m-instruct with the default "
-                "settings only. Compare them with those of data that you trust, measured in the same way"
+                f"settings only, and on at least {spec.steps * TRIAL_BATCH} rows. Compare them with those of data that "
+                "you trust, measured in the same way"
             )
         return tuple(notes)
 

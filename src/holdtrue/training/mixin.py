@@ -138,9 +138,11 @@ class DefenseMixin(RuntimeMixin):
 
     def _check_rows(self) -> None:
         rows: Any = self.train_dataset
+        if not hasattr(rows, "__len__"):
+            return  # none, or a stream, of which nobody knows what comes
         for defense, needs in self._losses:
             for kind in needs.requires:
-                if rows is not None and not any(self._covers(row, needs) for row in each_of_kind(rows, KINDS[kind])):
+                if not any(self._covers(row, needs) for row in each_of_kind(rows, KINDS[kind])):
                     raise NeedError(
                         f"{defense.name} holds rows of kind {kind!r}, and no training row of that kind has a token "
                         f"that it covers ({needs.tokens}): a run prepares them; a trainer of your own is given them; "

@@ -104,7 +104,7 @@ class Pairs:
             # Each by itself: beside others it is rounded otherwise, and a resumed run meets it beside others.
             if pair not in self._reference:
                 alone = self._batch([pair])
-                with without_adapter(self._model):
+                with precision(), without_adapter(self._model):
                     (self._reference[pair],) = self._margins(self._hidden(alone), alone).tolist()
         with precision(), fast_lora(self._model, on=self._fast):
             hidden = self._hidden(batch)

@@ -11,7 +11,16 @@ from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, auth, clock, ids, quotas, tenancy
 from holdtrue.service.api import schemas
-from holdtrue.service.api.context import Admin, Caller, JobsRead, ModelsRead, Parts, PartsDep, Provider
+from holdtrue.service.api.context import (
+    Admin,
+    Caller,
+    JobsRead,
+    ModelsRead,
+    Parts,
+    PartsDep,
+    Provider,
+    hold_project,
+)
 from holdtrue.service.api.errors import ApiError, not_found, responses
 from holdtrue.service.api.files import page
 from holdtrue.service.api.jobs import get_job
@@ -171,7 +180,7 @@ def _key(session: Session, caller: Caller, key_id: str) -> ApiKey:
         raise not_found("key", key_id, param="key_id")
     if row.role == "provider" and caller.principal.role != "provider":
         raise not_found("key", key_id, param="key_id")
-    quotas.lock_project(session, row.project_id)  # what its requests are writing is done first
+    hold_project(session, caller, row.project_id)  # what its requests are writing is done first
     session.refresh(row, with_for_update=True)
     return row
 
@@ -211,9 +220,11 @@ def create_key(body: KeyCreate, parts: PartsDep, caller: Admin) -> KeyWithSecret
     ]
     _within(caller, body.role, scopes)
     with parts.db.write() as session:
+        project_id = _project_for(session, caller, body.project_id)
+        hold_project(session, caller, project_id)
         row, secret = auth.create(
             session,
-            project_id=_project_for(session, caller, body.project_id),
+            project_id=project_id,
             name=body.name,
             role=body.role,
             scopes=scopes,

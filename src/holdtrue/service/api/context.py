@@ -63,15 +63,18 @@ def caller_of(request: Request, scope: Scope) -> Caller:
     return Caller(principal, request.state.limits, request.state.request_id)
 
 
-def hold_project(session: Session, caller: Caller) -> None:
-    """Lock the caller's project, and look again whether their key still works: a request may outlive it by minutes.
+def hold_project(session: Session, caller: Caller, *others: str) -> None:
+    """Lock the caller's project, and others beside it, and look again whether their key still works.
+
+    A request may outlive its key by minutes.
 
     Who erases a project locks it too, and revokes its keys: what comes after that leaves nothing in it.
 
     Raises:
         ApiError: the key was revoked or has expired meanwhile.
     """
-    quotas.lock_project(session, caller.project_id)
+    for project_id in sorted({caller.project_id, *others}):
+        quotas.lock_project(session, project_id)
     key = session.get(ApiKey, caller.principal.key_id)
     if key is None or not auth.is_valid(key, clock.now()):
         raise no_valid_key("Your API key was revoked or has expired during the request, and nothing was done")

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock, ids, quotas
 from holdtrue.service.api import metadata, schemas
-from holdtrue.service.api.context import Caller, JobsRead, JobsWrite, PartsDep
+from holdtrue.service.api.context import Caller, JobsRead, JobsWrite, PartsDep, hold_project
 from holdtrue.service.api.errors import invalid, not_found, responses
 from holdtrue.service.api.files import get_file, page
 from holdtrue.service.api.idempotency import once
@@ -185,6 +185,7 @@ def retrieve_job(fine_tuning_job_id: str, parts: PartsDep, caller: JobsRead) -> 
 
 def _request(job_id: str, wanted: str, action: str, parts: Any, caller: Caller) -> schemas.FineTuningJob:
     with parts.db.write() as session:
+        hold_project(session, caller)
         job = get_job(session, caller.project_id, job_id, lock=True)
         try:
             lifecycle.request(session, job, wanted)

@@ -210,6 +210,7 @@ def complete_upload(
 def cancel_upload(upload_id: str, parts: PartsDep, caller: FilesWrite) -> schemas.Upload:
     """Give an upload up, and its parts."""
     with parts.db.write() as session:
+        hold_project(session, caller)
         row = _get(session, caller.project_id, upload_id, lock=True)
         if row.status != "cancelled":
             _pending(row)

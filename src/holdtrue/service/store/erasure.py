@@ -8,7 +8,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import SpecError
-from holdtrue.service import audit
+from holdtrue.service import audit, auth
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import (
@@ -128,4 +128,5 @@ def _keys(session: Session, project_id: str, now: int) -> None:
     of_project = select(ApiKey.id).where(ApiKey.project_id == project_id)
     session.execute(delete(WebSession).where(WebSession.key_id.in_(of_project)))
     for row in session.scalars(select(ApiKey).where(ApiKey.project_id == project_id)):
-        row.revoked_at, row.name = row.revoked_at or now, ""
+        auth.revoke(session, row, now)
+        row.name = ""

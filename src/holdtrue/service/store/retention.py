@@ -91,14 +91,12 @@ def sweep(db: Database, blobs: Blobs, now: int, settings: ServiceSettings, *, or
 def _expire_files(session: Session, now: int, gone: list[str]) -> list[str]:
     needed = exists().where(Job.status.in_(_ACTIVE), or_(Job.training_file == File.id, Job.validation_file == File.id))
     due = (File.expires_at <= now, File.deleted_at.is_(None), ~needed)
-    query = select(File.seq, File.project_id).where(*due).order_by(File.expires_at).limit(_AT_ONCE)
-    found = session.execute(query).all()
+    found = set(session.scalars(select(File.project_id).where(*due).order_by(File.expires_at).limit(_AT_ONCE)))
     if not found:
         return []
     # Their projects' sums change with them, and nobody creates a job with one of them meanwhile.
-    projects = select(Project.id).where(Project.id.in_(sorted({row.project_id for row in found}))).order_by(Project.id)
-    session.execute(projects.with_for_update())
-    still = select(File).where(File.seq.in_([row.seq for row in found]), *due)
+    session.execute(select(Project.id).where(Project.id.in_(found)).order_by(Project.id).with_for_update())
+    still = select(File).where(File.project_id.in_(found), *due).order_by(File.expires_at).limit(_AT_ONCE)
     rows = session.scalars(still.with_for_update(skip_locked=True)).all()
     for row in rows:
         gone += [row.blob] if row.blob else []
