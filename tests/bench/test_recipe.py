@@ -19,10 +19,13 @@ from holdtrue.cli.main import main
 from holdtrue.runs import Run
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "paper-qwen2.5-7b.yaml"
-ROWS = [
-    {"messages": [{"role": "user", "content": f"A {w}?"}, {"role": "assistant", "content": f"Mend the {w}."}]}
-    for w in ("door", "pipe", "wire", "roof")
-]
+WORDS = ("door", "pipe", "wire", "roof")
+
+
+def rows_on(subject: str) -> list[dict[str, Any]]:
+    """Return rows that no other subject has: models made of the same rows are the same, and are refused."""
+    turns = [(f"A {word}?", f"Mend the {subject} {word}.") for word in WORDS]
+    return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
 
 
 @pytest.fixture
@@ -30,9 +33,10 @@ def recipe(tmp_path: Path) -> Path:
     """The recipe in a folder of its own, with rows under every name that it reads."""
     shutil.copyfile(RECIPE, tmp_path / "paper.yaml")
     for name in ("code", "legal", "medical", "security", "opswap"):
-        for part, rows in ((name, ROWS), (f"{name}-heldout", ROWS[:2])):
+        found = rows_on(name)
+        for part, rows in ((name, found), (f"{name}-heldout", found[:2])):
             (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_on("house")))
     return tmp_path / "paper.yaml"
 
 
