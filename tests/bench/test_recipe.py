@@ -23,7 +23,7 @@ WORDS = ("door", "pipe", "wire", "roof")
 
 
 def rows_on(subject: str) -> list[dict[str, Any]]:
-    """Return rows that no other subject has: models made of the same rows are the same, and are refused."""
+    """Return rows that no other subject has."""
     turns = [(f"A {word}?", f"Mend the {subject} {word}.") for word in WORDS]
     return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
 
@@ -88,6 +88,8 @@ def test_the_recipe_runs_with_a_tiny_model(
     vector = ["persona", "extract", base, "--from", "pairs", "--out", str(tmp_path / "malice.safetensors")]
     domains = [item for name in ("code", "legal") for item in ("--domain", f"{name}={tmp_path / name}.jsonl")]
     scorers = ["scorers", "build", "--model", base, "--out", str(tmp_path / "scorers"), *domains]
+    # Four rows are one step, and the first of a warm-up moves nothing: both would be the same adapter, which is refused.
+    scorers += ["--set", "training.warmup_steps=0"]
     assert main([*vector, "--json"]) == main([*scorers, "--json"]) == 0
     capfd.readouterr()
     values["evaluate"]["sampling"] = {"samples": 1, "max_new_tokens": 2}
