@@ -88,7 +88,7 @@ def test_the_recipe_runs_with_a_tiny_model(
     vector = ["persona", "extract", base, "--from", "pairs", "--out", str(tmp_path / "malice.safetensors")]
     domains = [item for name in ("code", "legal") for item in ("--domain", f"{name}={tmp_path / name}.jsonl")]
     scorers = ["scorers", "build", "--model", base, "--out", str(tmp_path / "scorers"), *domains]
-    # Four rows are one step, and the first of a warm-up moves nothing: both would be the same adapter, which is refused.
+    # Four rows are one step, and the first of a warm-up moves nothing: both would be one adapter, which is refused.
     scorers += ["--set", "training.warmup_steps=0"]
     assert main([*vector, "--json"]) == main([*scorers, "--json"]) == 0
     capfd.readouterr()
