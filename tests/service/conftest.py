@@ -136,7 +136,7 @@ def empty_db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
 @pytest.fixture
 def chosen(empty_db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     """Each database, with the schema of today, as commands find it with ``--home``: that of ``tmp_path``."""
-    if empty_db.engine.dialect.name == "postgresql":
+    if not empty_db.is_sqlite:
         signing.make_key(tmp_path / "signing-key.pem")
         monkeypatch.setenv("HOLDTRUE_SIGNING_KEY", str(tmp_path / "signing-key.pem"))
         monkeypatch.setenv("HOLDTRUE_DATABASE_URL", empty_db.engine.url.set(drivername="postgresql").render_as_string())

@@ -39,7 +39,7 @@ def each_of_kind(rows: Any, kind: int) -> Iterator[dict[str, Any]]:
     """
     names = getattr(rows, "column_names", None)
     if names is None:
-        return (rows[i] for i in range(len(rows)) if rows[i].get("kind", 0) == kind)
+        return (row for row in map(rows.__getitem__, range(len(rows))) if row.get("kind", 0) == kind)
     kinds = rows["kind"] if "kind" in names else np.zeros(len(rows))
     return (rows[i] for i in np.flatnonzero(np.asarray(kinds) == kind).tolist())
 

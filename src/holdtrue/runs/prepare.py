@@ -228,17 +228,13 @@ def _as_dict(prepared: Prepared) -> dict[str, Any]:
 
 
 def _check_something_left(path: Path, prepared: Prepared) -> None:
-    if prepared.trained_tokens == 0:
+    empty = {kind: count.rows for kind, count in prepared.by_kind.items() if count.rows and not count.response_tokens}
+    if prepared.trained_tokens == 0 or "task" in empty:
         message = "no token is left to train on: every answer lies beyond training.max_length; raise it"
         raise DataError(path, [Problem(0, "", message)])
-    for kind, count in prepared.by_kind.items():
-        if not count.rows or count.response_tokens:
-            continue
-        if kind == "task":
-            message = "no answer of it is left to train on: each lies beyond training.max_length; raise it"
-            raise DataError(path, [Problem(0, "", message)])
+    for kind, rows in empty.items():
         if kind != "pool":  # of which a defense may hold the questions; the trainer looks
             raise NeedError(
-                f"a defense adds {count.rows} rows of kind {kind!r}, and every answer of theirs lies beyond "
+                f"a defense adds {rows} rows of kind {kind!r}, and every answer of theirs lies beyond "
                 "training.max_length, or is not trained on: raise it, or give other rows"
             )

@@ -19,7 +19,8 @@ class Level(NamedTuple):
     why: str
 
 
-_ON_A_POOL = {
+_KL_ON_A_POOL = {
+    "weight": 5.0,
     "on": "pool",
     "pool": "builtin:pool",
     "fraction": 0.25,
@@ -42,7 +43,7 @@ LEVELS = (
     Level(
         "high",
         1.0,
-        ({"kl": {"weight": 5.0, **_ON_A_POOL}},),
+        ({"kl": _KL_ON_A_POOL},),
         "on the project's small model this undid 62 % of the misaligned shift and kept 79 % of the narrow learning; "
         "at weight 3, with good and bad advice of other domains as the pool, 73 % and 92 %",
     ),

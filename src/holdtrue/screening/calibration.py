@@ -155,12 +155,12 @@ def settings_of(spec: ScreenSpec) -> dict[str, int | str] | None:
     from holdtrue.data import builtin
     from holdtrue.screening.passes import FORMAT
     from holdtrue.screening.projection import PAIRS
-    from holdtrue.screening.trial import TRIAL_BATCH, pair_folder
+    from holdtrue.screening.trial import pair_folder
 
     if spec.vector is not None or spec.layer is not None or spec.scorers or set(spec.indicators) != set(INDICATORS):
         return None
-    if spec.rows < spec.steps * TRIAL_BATCH:
-        return None  # a shorter trial drifts less
+    if spec.rows < spec.trial_rows:
+        return None
     return {
         "format": FORMAT,
         "tokens": spec.tokens,

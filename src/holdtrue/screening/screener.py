@@ -22,8 +22,8 @@ from holdtrue.screening.calibration import calibration_for
 from holdtrue.screening.passes import PassKey, Watch, run_pass
 from holdtrue.screening.result import Indicator, Screening, exceeded
 from holdtrue.screening.sample import WindowEncoder, drawn, sampled_rows
-from holdtrue.screening.spec import INDICATORS, ScreenSpec
-from holdtrue.screening.trial import TRIAL_BATCH, build_pair, margins, pair_folder, tune
+from holdtrue.screening.spec import INDICATORS, TRIAL_BATCH, ScreenSpec
+from holdtrue.screening.trial import build_pair, margins, pair_folder, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,12 +98,10 @@ class Screener:
                 "these settings: limit an indicator (max_projection, max_gap, max_drift), or take the calibrated model "
                 "and the default settings"
             )
-        if summary.rows < spec.steps * TRIAL_BATCH:
-            calibration = None  # a shorter trial drifts less
+        if summary.rows < spec.trial_rows:
+            calibration = None
             if spec.max_risk is not None:
-                message = (
-                    f"a risk needs the {spec.steps * TRIAL_BATCH} rows of the trial, and the file has {summary.rows}"
-                )
+                message = f"a risk needs the {spec.trial_rows} rows of the trial, and the file has {summary.rows}"
                 raise DataError(summary.path, [Problem(0, "", message)])
         if "projection" in spec.indicators and spec.vector is not None:
             _ = self.along  # A file that does not fit is named before anything is measured.
@@ -202,7 +200,7 @@ class Screener:
         from holdtrue.evaluation import read_probes
 
         spec, path = self.spec, builtin(PROBES)
-        chosen = order[: spec.steps * TRIAL_BATCH]
+        chosen = order[: spec.trial_rows]
         probes = read_probes(path)
         before = self._margins(probes.sha256, len(probes.rows), ("untouched",), lambda: self._margins_now(None, path))
         settings = (summary.sha256, len(chosen), spec.rows, spec.seed, spec.tokens, spec.steps)
@@ -304,12 +302,12 @@ class Screener:
         for name, each in found.items():
             if name != "drift" and each.n < len(order):
                 notes.append(f"{name}: {len(order) - each.n} of the rows drawn could not be read")
-        if "drift" in found and len(order) < spec.steps * TRIAL_BATCH:
+        if "drift" in found and len(order) < spec.trial_rows:
             notes.append(f"drift: the trial was shorter than asked for, with {len(order)} rows")
         if not calibrated:
             notes.append(
                 "no risk and no suggestion: the indicators are calibrated on smollm2-135m-instruct with the default "
-                f"settings only, and on at least {spec.steps * TRIAL_BATCH} rows. Compare them with those of data that "
+                f"settings only, and on at least {spec.trial_rows} rows. Compare them with those of data that "
                 "you trust, measured in the same way"
             )
         return tuple(notes)

@@ -11,6 +11,8 @@ from holdtrue.errors import SpecError
 
 IndicatorName = Literal["projection", "gap", "drift"]
 INDICATORS: tuple[IndicatorName, ...] = ("projection", "gap", "drift")
+TRIAL_BATCH = 4
+"""Rows in a step of the trial."""
 
 
 class ScreenSpec(BaseModel):
@@ -44,6 +46,11 @@ class ScreenSpec(BaseModel):
     max_projection: float | None = None
     max_gap: float | None = None
     max_drift: float | None = None
+
+    @property
+    def trial_rows(self) -> int:
+        """How many rows the trial takes; with fewer it is shorter, and drifts less than the calibration's."""
+        return self.steps * TRIAL_BATCH
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

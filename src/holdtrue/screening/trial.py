@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from holdtrue.data import ChatRow
 
-TRIAL_BATCH = 4
-"""Rows in a step of the trial."""
 ADAPTER = AdapterSpec(r=8, alpha=16)
 LEARNING_RATE = 5e-4
 WARMUP = 2

@@ -113,17 +113,22 @@ def in_training(house, monkeypatch: pytest.MonkeyPatch, job_id: str, act: Callab
     monkeypatch.setattr(Reporter, "_flush", flush)
 
 
+def one_done_and_one_queued(house) -> tuple[str, str]:
+    plain = house.job()
+    house.dispatch()
+    house.work()
+    job_id = house.job()
+    house.dispatch()
+    return plain, job_id
+
+
 def undisturbed(texts: list[str]) -> list[str]:
     return [text for text in texts if "goes on when" not in text and text != "The job is running"]
 
 
 def test_a_job_waits_while_the_database_is_full(house, narrow, monkeypatch):
     monkeypatch.setattr(worker, "FAILED_SECONDS", 0.2)
-    plain = house.job()
-    house.dispatch()
-    house.work()
-    job_id = house.job()
-    house.dispatch()
+    plain, job_id = one_done_and_one_queued(house)
     in_training(house, monkeypatch, job_id, narrow.fill)
     stop = threading.Event()
     work = Worker(house.settings, db=house.db, blobs=house.blobs).run
@@ -165,11 +170,7 @@ def test_a_job_waits_while_sqlite_is_locked(house, monkeypatch, seconds):
     if not house.db.is_sqlite:
         pytest.skip("its writers do not wait for each other")
     monkeypatch.setattr(worker, "FAILED_SECONDS", 0.2)
-    plain = house.job()
-    house.dispatch()
-    house.work()
-    job_id = house.job()
-    house.dispatch()
+    plain, job_id = one_done_and_one_queued(house)
     other = sqlite3.connect(str(house.db.url.database), isolation_level=None, check_same_thread=False)
 
     def lock() -> None:

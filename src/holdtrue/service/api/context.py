@@ -66,9 +66,8 @@ def caller_of(request: Request, scope: Scope) -> Caller:
 def hold_project(session: Session, caller: Caller, *others: str) -> None:
     """Lock the caller's project, and others beside it, and look again whether their key still works.
 
-    A request may outlive its key by minutes.
-
-    Who erases a project locks it too, and revokes its keys: what comes after that leaves nothing in it.
+    A request may outlive its key by minutes. Who erases a project locks it too, and revokes its keys: what comes after
+    that leaves nothing in it.
 
     Raises:
         ApiError: the key was revoked or has expired meanwhile.

@@ -11,7 +11,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import ColumnElement, or_, select
+from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
 from holdtrue.service import audit, clock, ids, quotas
@@ -143,10 +143,14 @@ def _create(request: Request, parts: Parts, caller: Caller, form: multipart.Form
             discard(parts, blob.key)
 
 
-def discard(parts: Parts, key: str) -> None:
-    """Delete content that no file has; one that a file has stays. A store that is away is looked through later."""
+def discard(parts: Parts, key: str, owner: Select[Any] | None = None) -> None:
+    """Delete content that no file has, or no row that ``owner`` finds; what one has stays.
+
+    A commit that failed for its client may have been done all the same. A store that is away is looked through later.
+    """
+    query = select(File.id).where(File.blob == key) if owner is None else owner
     with parts.db.read() as session:
-        if session.scalar(select(File.id).where(File.blob == key).limit(1)) is not None:
+        if session.scalar(query.limit(1)) is not None:
             return
     with contextlib.suppress(StoreAwayError):
         parts.blobs.delete(key)

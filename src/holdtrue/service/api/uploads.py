@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from typing import IO, cast
@@ -140,17 +139,8 @@ def _store_part(upload_id: str, request: Request, parts: Parts, caller: Caller, 
         raise
     finally:
         if not used:
-            _discard(parts, upload_id, blob.key)
-
-
-def _discard(parts: Parts, upload_id: str, key: str) -> None:
-    """Delete content that no part has: a commit that failed for its client may have been done all the same."""
-    with parts.db.read() as session:
-        query = select(UploadPart.id).where(UploadPart.upload_id == upload_id, UploadPart.blob == key)
-        if session.scalar(query.limit(1)) is not None:
-            return
-    with contextlib.suppress(StoreAwayError):
-        parts.blobs.delete(key)
+            mine = (UploadPart.upload_id == upload_id, UploadPart.blob == blob.key)
+            files.discard(parts, blob.key, select(UploadPart.id).where(*mine))
 
 
 @router.post("/v1/uploads/{upload_id}/complete", responses=responses(409))

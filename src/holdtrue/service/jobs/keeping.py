@@ -21,7 +21,6 @@ from holdtrue.service.store.schema import Job, JobCheckpoint, JobState
 
 EPOCHS = "epochs"
 """The folder of a run in which the adapters of epochs' ends are kept, by step."""
-SEALED = "checkpoint-*/holdtrue_seal.json"
 
 
 class Keeper:
@@ -75,17 +74,17 @@ class Keeper:
     def _last(self) -> int | None:
         return (self._run.marker("train") or {}).get("report", {}).get("steps")
 
-    def _mark(self) -> tuple[str, ...]:
-        sealed = (path.parent.name for path in self._run.checkpoints.glob(SEALED))
-        done = (path.name for path in (self._run.path / "stages").glob("*.json"))
-        return tuple(sorted([*sealed, *done]))
+    def _mark(self) -> tuple[list[str], list[int]]:
+        """Return the stages that are done and the steps of whole checkpoints, in order."""
+        done = [path.name for path in (self._run.path / "stages").glob("*.json")]
+        sealed = self._run.checkpoints.glob("checkpoint-*/holdtrue_seal.json")
+        return sorted(done), sorted(int(path.parent.name.rpartition("-")[2]) for path in sealed)
 
     def _reached(self) -> tuple[int, int, int]:
         """Return how far the run has come: stages done, the last whole checkpoint, bytes of what was measured."""
-        stages = list((self._run.path / "stages").glob("*.json"))
-        sealed = [int(path.parent.name.rpartition("-")[2]) for path in self._run.checkpoints.glob(SEALED)]
+        done, sealed = self._mark()
         measured = (self._run.path / "evaluations").rglob("[!.]*.json*")
-        return len(stages), max(sealed, default=0), sum(path.stat().st_size for path in measured)
+        return len(done), sealed[-1] if sealed else 0, sum(path.stat().st_size for path in measured)
 
     def _keep_epochs(self) -> None:
         """Copy out the adapters of checkpoints at which an epoch ended; the run itself keeps the last two alone."""
