@@ -20,6 +20,7 @@ from holdtrue.errors import HoldtrueError, SpecError
 from holdtrue.service.store.schema import ENDED, JOB_STATUSES, Job, Project, Upload, UploadPart, Usage
 
 GIBIBYTE = 2**30
+_PATIENCE = 3.0  # seconds for an answer of Redis, whose client waits for ever by itself
 ACTIVE = tuple(status for status in JOB_STATUSES if status not in ENDED)
 
 
@@ -75,8 +76,14 @@ class RateLimiter:
     """
 
     def __init__(self, storage: str = "memory://") -> None:
-        self._storage = storage_from_string(storage, wrap_exceptions=True)
+        waits = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), _PATIENCE)
+        options = waits if storage.startswith("redis") else {}
+        self._storage = storage_from_string(storage, wrap_exceptions=True, **options)
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
+
+    def check(self) -> None:
+        """Raise the ``StorageError`` of ``limits`` unless the storage answers."""
+        self._storage.get("check")
 
     def set_mark(self, name: str, seconds: int) -> None:
         """Give a name a new mark, unlike any before, for so many seconds."""

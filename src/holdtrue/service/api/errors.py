@@ -22,9 +22,11 @@ from holdtrue.service.policy import RefusalError
 from holdtrue.service.policy.store import PolicyUnreadableError
 from holdtrue.service.quotas import QuotaError
 from holdtrue.service.store.away import StoreAwayError
+from holdtrue.service.store.database import trouble
 
 INVALID = "invalid_request_error"
 _LONGEST = 300
+_NO_ROOM = "The service has no room left at the moment"
 
 
 class ErrorDetail(BaseModel):
@@ -117,6 +119,8 @@ def translate(error: Exception) -> ApiError:
         case SpecError():
             return invalid(str(error))
         case OperationalError() | PoolTimeoutError():  # a server that is away, or no connection to be had
+            if trouble(error) == "full":
+                return _unavailable(_NO_ROOM)
             return _unavailable("The service cannot reach its database at the moment")
         case StoreAwayError():
             return _unavailable("The service cannot reach its object store at the moment")
@@ -125,7 +129,7 @@ def translate(error: Exception) -> ApiError:
         case PolicyUnreadableError():
             return _unavailable("The service cannot read the policy of this model at the moment")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return _unavailable("The service has no room left at the moment")
+            return _unavailable(_NO_ROOM)
         case _:
             return ApiError(
                 500,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -30,6 +31,7 @@ class Readiness(BaseModel):
     status: Literal["ok", "failing"]
     database: bool
     objects: bool
+    counts: bool
 
 
 @router.get("/healthz")
@@ -40,24 +42,26 @@ def health() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
 def ready(parts: PartsDep) -> Readiness:
-    """Whether database and object store can be reached; 503 where one cannot."""
-    found = Readiness(status="ok", database=_database(parts), objects=_objects(parts))
-    if found.database and found.objects:
+    """Whether database, object store and the store of counts can be reached; 503 where one cannot."""
+    found = Readiness(
+        status="ok",
+        database=_answers(lambda: _database(parts)),
+        objects=_answers(parts.blobs.check),
+        counts=_answers(parts.rates.check),
+    )
+    if found.database and found.objects and found.counts:
         return found
     return JSONResponse({**found.model_dump(), "status": "failing"}, 503)  # type: ignore[return-value]
 
 
-def _database(parts: Parts) -> bool:
-    try:
-        with parts.db.read() as session:
-            return session.scalar(select(Organization.id).limit(1)) is not None
-    except Exception:
-        return False
+def _database(parts: Parts) -> None:
+    with parts.db.read() as session:
+        session.scalars(select(Organization.id).limit(1)).one()
 
 
-def _objects(parts: Parts) -> bool:
+def _answers(check: Callable[[], None]) -> bool:
     try:
-        parts.blobs.check()
+        check()
     except Exception:
         return False
     return True
