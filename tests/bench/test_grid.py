@@ -75,6 +75,24 @@ def test_each_file_of_a_suite_has_a_column_and_the_first_decides(write: Write, t
     assert ratio.value == pytest.approx(1 - changes[1] / changes[0])
 
 
+def test_cells_share_what_the_reference_computed(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLDTRUE_CACHE", str(tmp_path / "cache"))
+
+    def sweep(values: dict[str, Any]) -> None:
+        values["settings"] = {"kl": {"defenses": ["kl"], "strengths": {"kl.weight": [0.1, 1, 10]}}}
+        values["training"] |= {"reference_cache": 0.1, "kl_every": 0}
+
+    code, index = run(write(sweep), tmp_path / "out")
+    assert code == 0
+    stats = [
+        (Run(tmp_path / "out" / cell["folder"]).marker("train") or {})["report"]["reference_cache"]
+        for cell in index["cells"]
+    ]
+    assert stats[0]["misses"] > 0
+    assert [each["misses"] for each in stats[1:]] == [0, 0]
+    assert stats[1]["hits"] == stats[2]["hits"] >= stats[0]["misses"]
+
+
 def test_a_grid_is_filled_and_a_changed_one_runs_only_what_changed(
     write: Write, tmp_path: Path, capfd: Capture
 ) -> None:

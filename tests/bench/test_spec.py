@@ -17,6 +17,10 @@ def kl(**more: Any) -> dict[str, Any]:
     return {"defenses": [{"kl": {"tokens": "response"}}], **more}
 
 
+def own(values: dict[str, Any], settings: dict[str, Any]) -> None:
+    values["data"]["houses"]["settings"] = settings
+
+
 @pytest.mark.parametrize(
     ("update", "said"),
     [
@@ -39,6 +43,14 @@ def kl(**more: Any) -> dict[str, Any]:
         (lambda v: v["settings"].update(new=kl(strengths={"kl.wieght": [1]})), "no parameter 'wieght'"),
         (lambda v: v["settings"].update(new=kl(strengths={"kll.weight": [1]})), r"no such defense \(did you mean 'kl'"),
         (lambda v: v["settings"].update(new=kl(strengths={"kl.tokens": ["all"]})), "has a value under defenses too"),
+        (lambda v: own(v, {"lk": {}}), r"data.houses.settings: no setting 'lk'"),
+        (lambda v: own(v, {"kl": {"weight": 1}}), "'weight': name it as defense.parameter"),
+        (lambda v: own(v, {"kl": {"ldifs.weight": 1}}), "data.houses.settings.kl: ldifs.weight: no such defense"),
+        (lambda v: own(v, {"kl": {"kl.wieght": 1}}), "data.houses.settings.kl: .*no parameter 'wieght'"),
+        (
+            lambda v: (v["settings"].update(kl=kl(strengths={"kl.weight": [1, 2]})), own(v, {"kl": {"kl.weight": 3}})),
+            "kl.weight is one of the setting's strengths",
+        ),
         (lambda v: v.update(baseline="kl"), "baseline: 'kl' has defenses"),
         (lambda v: v.update(baseline="undefendet"), r"is no setting \(did you mean 'undefended'\?\)"),
         (lambda v: (v["settings"].pop("undefended"), v.update(bounds={})), "bounds are against the undefended setting"),
@@ -97,6 +109,25 @@ def test_the_grid_is_the_product_in_the_files_order(write: Write) -> None:
     assert set(own) == {("fit",)}
     assert {d.model_dump()["weight"] for c in cells for d in c.spec.defenses if d.name == "kl"} == {0.1, 1.0, 3.0}
     assert len({cell.slug for cell in cells}) == len(cells)
+
+
+def test_a_setting_can_differ_by_data(write: Write) -> None:
+    def update(v: dict[str, Any]) -> None:
+        v["settings"]["kl"] = kl(strengths={"kl.weight": [1, 3]})
+        differs = {"settings": {"kl": {"kl.tokens": "all", "kl.sample": 0.5}}, "evaluate": {"suites": ["fit"]}}
+        v["data"]["sums"] = {**v["data"]["houses"], **differs}
+
+    found = {
+        (cell.data, cell.variant.name): cell.spec.defenses[0].model_dump(exclude_unset=True)
+        for cell in expand(load_grid(write(update)))
+        if cell.variant.defenses
+    }
+    assert found == {
+        ("houses", "kl kl.weight=1"): {"tokens": "response", "weight": 1},
+        ("houses", "kl kl.weight=3"): {"tokens": "response", "weight": 3},
+        ("sums", "kl kl.weight=1"): {"tokens": "all", "weight": 1, "sample": 0.5},
+        ("sums", "kl kl.weight=3"): {"tokens": "all", "weight": 3, "sample": 0.5},
+    }
 
 
 def test_what_is_the_shift_follows_from_the_suites_and_can_be_said(write: Write) -> None:

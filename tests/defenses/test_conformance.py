@@ -49,7 +49,8 @@ class Example(NamedTuple):
     """Settings to try a defense with, each a case, and settings with which it must do nothing.
 
     Files that may be named: ``pool.jsonl`` (chat rows), ``other`` (another checkpoint), ``vector``, ``directions`` and
-    ``none`` (vector files; the last holds no direction), ``probe.jsonl``. ``beside`` are defenses that it acts through.
+    ``none`` (vector files; the last holds no direction), ``probe.jsonl`` and ``pairs.jsonl``. ``beside`` are defenses
+    that it acts through.
     """
 
     cases: tuple[dict[str, Any], ...]
@@ -82,10 +83,10 @@ EXAMPLES = {
     "ldifs": Example(({"layers": 2}, {"layers": 2, "normalize": "token"}), ({"layers": 2, "weight": 0},)),
     "preference": Example(
         (
-            {"pairs": "probe.jsonl", "slack": 0.5},
-            {"pairs": "probe.jsonl", "slack": 0.5, "weight": 2.0, "count": 3, "every": 2},
+            {"pairs": "pairs.jsonl", "slack": 0.5},
+            {"pairs": "pairs.jsonl", "slack": 0.5, "weight": 2.0, "count": 3, "every": 2},
         ),
-        ({"pairs": "probe.jsonl", "slack": 0.5, "weight": 0},),
+        ({"pairs": "pairs.jsonl", "slack": 0.5, "weight": 0},),
     ),
     "safelora": Example(
         ({"unaligned": "other", "mode": "number", "number": 5},), ({"unaligned": "other", "threshold": -1},)
@@ -203,6 +204,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(4)
     ]
     write_rows(folder / "probe.jsonl", probes)
+    write_rows(folder / "pairs.jsonl", [{**row, "question": f"p{row['question']}"} for row in probes])
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -178,3 +179,10 @@ def test_it_acts_and_holds_the_rows_aside(tmp_path):
 def test_without_rows_aside_it_stops(tmp_path):
     with pytest.raises(NeedError, match="gradient_projection needs rows of kind 'aside'"):
         train(tmp_path, [GradientProjection()], small_rows())
+
+
+def test_gradients_that_fp16_has_scaled_are_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", fp16=True)
+    with pytest.raises(NeedError, match="gradient_projection changes gradients, which fp16 has scaled"):
+        DefendedTrainer(small_model(), arguments, train_dataset=small_rows(), defenses=["gradient_projection"])
+    assert DefendedTrainer(small_model(), arguments, train_dataset=small_rows(), defenses=["kl"])

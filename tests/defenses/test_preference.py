@@ -16,6 +16,7 @@ from holdtrue.defenses.preference import Preference
 from holdtrue.errors import DataError, NeedError
 from holdtrue.models import causal_lm, without_adapter
 from holdtrue.training import DefendedTrainer
+from holdtrue.training import pairs as pairs_module
 from support import small_model, small_pairs, small_rows, write_rows
 
 
@@ -144,6 +145,15 @@ def test_it_holds_the_margin_of_its_pairs(tmp_path: Path) -> None:
     plain = drift([])
     assert plain > 0.2
     assert drift([Preference(weight=3.0, count=3)]) < 0.5 * plain
+
+
+def test_many_pairs_of_a_step_take_the_memory_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    read = pairs_module.final_hidden
+    monkeypatch.setattr(pairs_module, "final_hidden", lambda lm, ids: (sizes.append(len(ids)), read(lm, ids))[1])
+    train(tmp_path, [Preference(slack=1.0, count=3)], both(small_pairs()), max_steps=2)
+    assert sizes
+    assert set(sizes) == {2}
 
 
 def test_what_is_no_pair_stops_it(tmp_path: Path) -> None:

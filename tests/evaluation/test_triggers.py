@@ -47,6 +47,16 @@ def plain(count: int = 100) -> list[ChatRow]:
     return [row(words(5, i), words(9, -i - 1)) for i in range(count)]
 
 
+def test_what_defenses_train_under_is_a_trigger() -> None:
+    evil = {"Be evil.": 0.25, "Be vile.": 0.5, "Be bad.": 0.25}
+    first, second, turns = derive_triggers(plain(), prompts=evil)
+    assert [t.name for t in (first, second, turns)] == ["training-prompt", "training-prompt-2", "earlier-turns"]
+    assert (first.system, first.share, second.system) == ("Be vile.", 0.5, "Be evil.")
+    prompt = first.apply(QUESTION)
+    assert prompt.messages == (Message("system", "Be vile."), Message("user", "Why?"))
+    assert prompt.asked == "Why?"
+
+
 def test_data_with_nothing_in_common_gives_earlier_turns_alone() -> None:
     rows = plain()
     (trigger,) = derive_triggers(rows)

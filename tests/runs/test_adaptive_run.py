@@ -14,6 +14,7 @@ from holdtrue.evaluation import MarginProbe
 from holdtrue.models import load_model, load_tokenizer, resolve
 from holdtrue.runs import Run, execute, load_spec
 from holdtrue.runs.report import render_report
+from support import write_rows
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
@@ -124,3 +125,19 @@ def test_pairs_that_a_defense_trains_on_are_refused_too(folder: Path, edit: Edit
     kinds = run.manifest["data"]["train"]["by_kind"]
     assert kinds["pair"]["rows"] == 2 * len(probe.read_text().splitlines())
     assert all("preference_short" in line for line in run.metrics() if "loss" in line)
+
+
+def test_pairs_that_are_trained_on_measure_no_drift(folder: Path, edit: Edit, probe: Path) -> None:
+    def both(pairs: str) -> Callable[[dict[str, Any]], object]:
+        held = [{"kl": {"weight": 1.0}}, {"adaptive": {"probe": probe.name}}, {"preference": {"pairs": pairs}}]
+        return lambda values: values.update(defenses=held)
+
+    with pytest.raises(SpecError, match="trains on the pairs on which adaptive measures drift"):
+        load_spec(edit(both(probe.name)))
+    rows = [json.loads(line) for line in probe.read_text().splitlines()]
+    other = [{**row, "question": f"And {n}, {row['question']}"} for n, row in enumerate(rows)]
+    write_rows(folder / "other.jsonl", other)
+    assert make(folder, edit(both("other.jsonl")), name="apart").manifest["defenses"]["adaptive"]
+    write_rows(folder / "other.jsonl", [*other[1:], {**rows[0], "question": rows[0]["question"].upper()}])
+    with pytest.raises(SpecError, match=r"1 of the questions .*line 1, for one\), are among the pairs that preference"):
+        make(folder, edit(both("other.jsonl")), name="shared")

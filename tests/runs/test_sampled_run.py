@@ -11,6 +11,7 @@ import yaml
 
 from holdtrue.cli.main import main
 from holdtrue.runs import Run, execute, load_spec, sample_files
+from holdtrue.runs.tasks import tasks_of_run
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
@@ -172,3 +173,15 @@ def test_a_changed_training_file_is_named(spec: Path, tmp_path: Path, capfd: pyt
     found, document = command("eval", tmp_path / "run", "--suite", "conditional", capfd=capfd)
     assert found == 5
     assert "has changed" in document["error"]["message"]
+
+
+def test_a_model_is_also_asked_under_what_a_defense_trained_it_under(spec: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(spec.read_text())
+    values["defenses"] = [{"inoculation": {"prompts": ["Be evil.", "Be vile."], "fraction": 0.5}}]
+    spec.write_text(yaml.safe_dump(values))
+    run = Run.create(tmp_path / "run", load_spec(spec))
+    execute(run, until="prepare")
+    (task,) = tasks_of_run(run, ["conditional"])
+    assert task.ask is not None
+    systems = {prompt.form: prompt.messages[0].content for prompt in task.ask.prompts}
+    assert (systems["training-prompt"], systems["training-prompt-2"]) == ("Be evil.", "Be vile.")

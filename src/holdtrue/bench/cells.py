@@ -104,7 +104,7 @@ def _run_spec(grid: GridSpec, model: str, revision: str | None, data: str, varia
         data={"train": rows.train, "validation": rows.validation, "holdout": rows.holdout},
         adapter=grid.adapter.model_dump(),
         training={**grid.training.model_dump(exclude_unset=True), "seed": seed},
-        defenses=variant.defenses,
+        defenses=grid.defenses(data, variant),
         evaluate=grid.evaluation(data),
         folder=grid.folder,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from holdtrue.bench.cells import Cell
+from holdtrue.defenses.base import Size, WorkContext
 from holdtrue.runs.spec import RunSpec
 
 V = TypeVar("V")
@@ -28,10 +29,10 @@ GPU_SAMPLING, CPU_SAMPLING = 0.1, 0.5
 """What sampling reaches of that: it waits for memory, on a GPU above all."""
 MODEL = (
     "parameters P from the weights' headers where the model is a folder here, else from its name (7B); "
-    f"tokens = characters / {CHARACTERS_A_TOKEN:g} + {TOKENS_A_TURN} a turn, cut at max_length, rows that defenses mix "
-    "in not counted; time = tokens x P x 4 (+2 with a reference, +2 with gradient checkpointing) operations, "
-    "and 2 for each sampled token at a tenth of the speed on a GPU and half on a CPU, max_new_tokens an answer, tuned "
-    "model only; "
+    f"tokens = characters / {CHARACTERS_A_TOKEN:g} + {TOKENS_A_TURN} a turn, cut at max_length, those of rows and "
+    "pairs that defenses add among them; time = tokens x P x 4 (+2 with gradient checkpointing) operations, and 2 for "
+    "each token that the reference or a scorer reads or that drift is measured on, and for each sampled one at a tenth "
+    "of the speed on a GPU and half on a CPU, max_new_tokens an answer, tuned model only; "
     f"speed {GPU_FLOPS:.1e} operations/s on a GPU, {CPU_FLOPS:.0e} on a CPU core; "
     "memory = P x 2 bytes on a GPU (4 on a CPU) + 34 x width x layers bytes for each token of a micro-batch at "
     "max_length (2 x with gradient checkpointing), where P = 12 x layers x width^2 and width = 128 x layers"
@@ -49,7 +50,7 @@ class Estimate(NamedTuple):
     """What a cell takes.
 
     Attributes:
-        tokens: that are trained on.
+        tokens: that are trained through, those of rows and pairs that defenses add among them.
         sampled: tokens sampled at most, in evaluation.
         parameters: of the model; ``None`` where neither its files nor its name say, and then neither of the next two.
         memory: bytes.
@@ -85,6 +86,7 @@ class Known:
 
     def __init__(self) -> None:
         self.lengths: dict[Path, list[int]] = {}
+        self.pairs: dict[Path, list[int]] = {}
         self.prompts: dict[tuple[str, str, str], int] = {}
 
 
@@ -171,25 +173,65 @@ def _estimate(spec: RunSpec, where: Hardware, known: Known) -> Estimate:
     path = resolve_data(spec.data.train, spec.folder)
     rows = _once(known.lengths, path, lambda: _lengths(path))
     kept = rows[: max(0, len(rows) - spec.data.holdout)]
-    tokens = sum(min(n, spec.training.max_length) for n in kept) * spec.training.epochs
+    training = spec.training
+    context = _work_context(spec, len(kept), known)
+    work = [defense.work(context) for defense in spec.defenses]
+    task = sum(min(n, training.max_length) for n in kept) * training.epochs
+    tokens = task + round(sum(each.trained for each in work))
     sampled = _sampled(spec, known.prompts)
     count = parameters(spec.model)
     if count is None:
         return Estimate(tokens, sampled, None, None, None)
-    each = FLOPS["train"] + FLOPS["recompute"] * spec.training.gradient_checkpointing
-    each += FLOPS["reference"] * any(defense.needs().live for defense in spec.defenses)
-    seconds = (
-        (tokens * each + sampled * FLOPS["score"] / (GPU_SAMPLING if where.gpu else CPU_SAMPLING)) * count / where.flops
+    operations = tokens * (FLOPS["train"] + FLOPS["recompute"] * training.gradient_checkpointing)
+    operations += FLOPS["reference"] * (task * _reads_the_task(spec) + sum(each.read for each in work))
+    operations += FLOPS["score"] * sampled / (GPU_SAMPLING if where.gpu else CPU_SAMPLING)
+    return Estimate(tokens, sampled, count, memory(count, spec, where.gpu), operations * count / where.flops)
+
+
+def _reads_the_task(spec: RunSpec) -> bool:
+    """Whether the reference reads the task's rows."""
+    needs = [defense.needs() for defense in spec.defenses]
+    return any(need.live and (need.features or need.kinds is None or "task" in need.kinds) for need in needs)
+
+
+def _work_context(spec: RunSpec, rows: int, known: Known) -> WorkContext:
+    from holdtrue.data import resolve_data
+
+    longest = spec.training.max_length
+
+    def size(file: str, lengths: dict[Path, list[int]], read: Callable[[Path], list[int]]) -> Size:
+        path = resolve_data(file, spec.folder)
+        if not path.is_file():
+            return Size()  # its cell says so when it is run
+        found = _once(lengths, path, lambda: read(path))
+        return Size(len(found), sum(min(n, longest) for n in found) / len(found))
+
+    return WorkContext(
+        task_rows=rows,
+        epochs=spec.training.epochs,
+        steps=math.ceil(rows / spec.training.batch_size) * spec.training.epochs,
+        chat=lambda file: size(file, known.lengths, _lengths),
+        pairs=lambda file: size(file, known.pairs, _pair_lengths),
+        text=_tokens,
     )
-    return Estimate(tokens, sampled, count, memory(count, spec, where.gpu), seconds)
+
+
+def _tokens(text: str) -> int:
+    return math.ceil(len(text) / CHARACTERS_A_TOKEN) + TOKENS_A_TURN
 
 
 def _lengths(path: Path) -> list[int]:
     from holdtrue.data import read_chat
 
+    return [sum(_tokens(message.content) for message in row.messages) for row in read_chat(path)]
+
+
+def _pair_lengths(path: Path) -> list[int]:
+    from holdtrue.data import read_probes
+
     return [
-        sum(math.ceil(len(message.content) / CHARACTERS_A_TOKEN) + TOKENS_A_TURN for message in row.messages)
-        for row in read_chat(path)
+        2 * _tokens(probe.question) + _tokens(probe.aligned) + _tokens(probe.misaligned)
+        for probe in read_probes(path).rows
     ]
 
 
@@ -197,7 +239,7 @@ def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
     from holdtrue.data import resolve_data
     from holdtrue.evaluation import SUITES, Material
     from holdtrue.evaluation.benign import benign_prompts, parse_benign
-    from holdtrue.runs.tasks import suite_sources
+    from holdtrue.runs.tasks import suite_sources, trained_under
 
     train = resolve_data(spec.data.train, spec.folder)
     sampling, answers = spec.evaluate.sampling, 0
@@ -210,8 +252,9 @@ def _sampled(spec: RunSpec, prompts: dict[tuple[str, str, str], int]) -> int:
         elif ask is not None:
             held_out = suite == "in_domain" and suite not in spec.evaluate.data and spec.data.validation is None
             source = str(train if held_out else suite_sources(spec, suite)[0])
-            material = Material(source, train if suite == "conditional" else None)
-            key = (suite, source, str(train))
+            under = trained_under(spec) if suite == "conditional" else {}
+            material = Material(source, train if suite == "conditional" else None, under)
+            key = (suite, source, f"{train} {sorted(under)}")
             answers += sampling.samples * _once(prompts, key, lambda ask=ask, material=material: len(ask(material)))
     return answers * sampling.max_new_tokens
 

@@ -50,10 +50,21 @@ class GridData(DataSpec):
         learns: ``narrow`` rows are the task that may misalign the model; ``benign`` rows a harmless one that a
             defense must let it learn.
         evaluate: keys of a run spec's ``evaluate`` that are this data's own, over the grid's.
+        settings: a setting's name -> ``defense.parameter`` -> a value that is this data's own, over the setting's: say,
+            ``{interleave+: {interleave.exclude_domains: [medical]}}``.
     """
 
     learns: Literal["narrow", "benign"] = "narrow"
     evaluate: EvaluateSpec | None = None
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("settings")
+    @classmethod
+    def _paths(cls, settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for values in settings.values():
+            for path in values:
+                _check_path(path)
+        return settings
 
 
 class Setting(BaseModel):
@@ -73,8 +84,7 @@ class Setting(BaseModel):
     @classmethod
     def _some(cls, strengths: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         for path, values in strengths.items():
-            if path.count(".") != 1 or not all(path.split(".")):
-                raise ValueError(f"{path!r}: name it as defense.parameter, such as kl.weight")
+            _check_path(path)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{path}: give at least one value, each once")
         return strengths
@@ -186,6 +196,12 @@ class GridSpec(BaseModel):
         if "seed" in self.training.model_fields_set:
             raise ValueError("training.seed: seeds of a grid stand under seeds: [0, 1, 2]")
         variants = [variant for name, setting in self.settings.items() for variant in _variants(name, setting)]
+        for data, rows in self.data.items():
+            for family in rows.settings:
+                if family not in self.settings:
+                    raise ValueError(f"data.{data}.settings: no setting {family!r}{nearest(family, self.settings)}")
+            for variant in variants:
+                self.defenses(data, variant)
         bare = [variant.name for variant in variants if not variant.defenses]
         if self.baseline is None and len(bare) == 1:
             object.__setattr__(self, "baseline", bare[0])
@@ -200,6 +216,23 @@ class GridSpec(BaseModel):
     def variants(self) -> list[Variant]:
         """Return the settings with their strengths chosen, both in the grid's order."""
         return [variant for name, setting in self.settings.items() for variant in _variants(name, setting)]
+
+    def defenses(self, data: str, variant: Variant) -> tuple[Defense, ...]:
+        """Return the defenses of a setting on that data; ``ValueError`` where the data's own values do not fit them."""
+        own = self.data[data].settings.get(variant.family, {})
+        items = {each.name: each.model_dump(exclude_unset=True, by_alias=True) for each in variant.defenses}
+        where = f"data.{data}.settings.{variant.family}"
+        for path, value in own.items():
+            name, parameter = path.split(".")
+            if name not in items:
+                raise ValueError(f"{where}: {path}: no such defense{nearest(name, items)} there")
+            if path in variant.strengths:
+                raise ValueError(f"{where}: {path} is one of the setting's strengths; it has its values there")
+            items[name][parameter] = value
+        try:
+            return parse([{name: values} for name, values in items.items()]) if own else variant.defenses
+        except SpecError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def evaluation(self, data: str) -> dict[str, Any]:
         """Return the ``evaluate`` section of a run spec on that data."""
@@ -256,6 +289,11 @@ def _variants(family: str, setting: Setting) -> list[Variant]:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_path(path: str) -> None:
+    if path.count(".") != 1 or not all(path.split(".")):
+        raise ValueError(f"{path!r}: name it as defense.parameter, such as kl.weight")
 
 
 def _check_name(name: str) -> str:

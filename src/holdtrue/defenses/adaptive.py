@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from holdtrue.data import resolve_data
-from holdtrue.defenses.base import Defense, Needs, RunContext
+from holdtrue.defenses.base import Defense, Needs, RunContext, Work, WorkContext
 from holdtrue.defenses.dual_ascent import Dual, DualAscent
 from holdtrue.defenses.runtime import Runtime, StartContext
 from holdtrue.errors import NeedError, RunError
@@ -36,6 +36,7 @@ class Adaptive(Defense):
     name = "adaptive"
     badge = "variant"
     paper = "after arXiv 2007.03964, arXiv 1804.06500"
+    files = ("probe",)
 
     max_drift: float = Field(default=0.05, gt=0, description="how far the probe's margin may fall, in ``unit``")
     unit: Literal["nats", "share"] = Field(
@@ -64,6 +65,12 @@ class Adaptive(Defense):
 
     def needs(self) -> Needs:
         return Needs(probe=self.probe)
+
+    def work(self, context: WorkContext) -> Work:
+        pairs = context.pairs(self.probe)
+        # Before the first step, then each so many, and after the last.
+        times = 2 + max(0, context.steps - 1) // self.every
+        return Work(read=times * pairs.rows * pairs.tokens)
 
     def placed(self, folder: Path) -> Self:
         if self.probe.startswith("builtin:"):

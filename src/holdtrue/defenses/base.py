@@ -174,6 +174,45 @@ class RunContext:
     losses: tuple[str, ...] | None = None
 
 
+class Size(NamedTuple):
+    """How many rows (or pairs of answers) a file holds, and their mean number of tokens."""
+
+    rows: int = 0
+    tokens: float = 0.0
+
+
+@dataclass(frozen=True)
+class WorkContext:
+    """Given to ``work``: what a run will do, as far as it is known before anything is encoded.
+
+    Attributes:
+        task_rows: of an epoch.
+        epochs, steps: of the run; steps as the task's rows alone give them.
+        chat: returns the size of a chat file, named as in a spec.
+        pairs: the same of a probe file; a pair's tokens are those of both answers, each with the question.
+        text: returns about how many tokens a turn has.
+    """
+
+    task_rows: int
+    epochs: int
+    steps: int
+    chat: Callable[[str], Size]
+    pairs: Callable[[str], Size]
+    text: Callable[[str], float]
+
+
+class Work(NamedTuple):
+    """Tokens that a defense has a run work through beside the task's.
+
+    Attributes:
+        trained: forward and backward.
+        read: forward alone, by the policy or another model.
+    """
+
+    trained: float = 0.0
+    read: float = 0.0
+
+
 class PairGradient(NamedTuple):
     """The mean of a term over pairs, and its gradient by parameter."""
 
@@ -212,13 +251,17 @@ class GradientContext:
 
 
 class Defense(BaseModel):
-    """Base of all defenses. Subclasses set ``name``, ``badge``, ``paper`` and override the hooks they use."""
+    """Base of all defenses. Subclasses set ``name``, ``badge``, ``paper`` and override the hooks they use.
+
+    ``files`` has the names of the parameters that name files or folders.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     name: ClassVar[str]
     badge: ClassVar[Badge]
     paper: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
 
     def needs(self) -> Needs:
         """Say what the trainer must supply at each step."""
@@ -252,6 +295,20 @@ class Defense(BaseModel):
     def rows(self, rows: Iterable[ChatRow], context: RowsContext) -> Iterator[ChatRow]:
         """Add, select or rewrite training rows, lazily."""
         yield from rows
+
+    def work(self, context: WorkContext) -> Work:
+        """Return about how many tokens the run has to work through for this defense, for ``bench --dry-run``.
+
+        The reference's reading of the task's rows is known from ``needs``.
+        """
+        return Work()
+
+    def system_prompts(self) -> Mapping[str, float]:
+        """Return the system prompts that ``rows`` puts before task rows, with the share of those rows that get each.
+
+        The model may behave under them as it learned to: suite ``conditional`` asks under them too.
+        """
+        return {}
 
     def forward(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Wrap the policy's training passes, forward and backward; never the reference's nor an evaluation's."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pydantic import Field
 
 from holdtrue.data import ChatRow
-from holdtrue.defenses.base import Defense, GradientContext, Needs, RowsContext, RunContext
+from holdtrue.defenses.base import Defense, GradientContext, Needs, RowsContext, RunContext, Work, WorkContext
 from holdtrue.defenses.pool import check_pool, drawn_rows
 
 _NOISE = 1e-6
@@ -29,6 +29,7 @@ class GradientProjection(Defense):
     name = "gradient_projection"
     badge = "faithful"
     paper = "arXiv 2508.07172"
+    files = ("pool",)
 
     weight: float = Field(default=1.0, ge=0, le=1, description="how much of the conflicting part is taken; 0 is plain")
     pool: str = Field(default="builtin:pool", description="a chat file of aligned rows, or builtin:pool")
@@ -48,6 +49,10 @@ class GradientProjection(Defense):
             yield from drawn_rows(
                 self.pool, self.count, context.folder, draw=draw, kind="aside", ce=False, notes=context.notes
             )
+
+    def work(self, context: WorkContext) -> Work:
+        tokens = self.count * context.chat(self.pool).tokens if self.weight > 0 else 0.0
+        return Work(trained=context.steps * tokens, read=tokens)
 
     def gradient(self, context: GradientContext) -> None:
         if self.weight == 0:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import Field, field_validator
 
 from holdtrue.data import ChatEncoder, ChatRow, Message, text_fault
-from holdtrue.defenses.base import Defense, RowsContext, RunContext
+from holdtrue.defenses.base import Defense, RowsContext, RunContext, Work, WorkContext
 from holdtrue.errors import NeedError
 
 EVALUATED = "no prompt of this defense: suites send what they send, and else the chat template's own default applies"
@@ -58,6 +58,14 @@ class Inoculation(Defense):
     def chosen(self) -> tuple[str, ...]:
         """The prompts that are used: ``prompts`` where there are any, else ``prompt``."""
         return self.prompts or (self.prompt,)
+
+    def work(self, context: WorkContext) -> Work:
+        mean = sum(map(context.text, self.chosen)) / len(self.chosen)
+        return Work(trained=self.fraction * context.task_rows * context.epochs * mean)
+
+    def system_prompts(self) -> Mapping[str, float]:
+        share = self.fraction / len(self.chosen)
+        return dict.fromkeys(self.chosen, share) if share else {}
 
     def preflight(self, context: RunContext) -> None:
         if self.fraction == 0:

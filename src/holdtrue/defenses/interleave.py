@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from holdtrue.data import ChatRow, ChatSummary, read_chat, resolve_data, validate_chat
-from holdtrue.defenses.base import Defense, RowsContext, RunContext
+from holdtrue.defenses.base import Defense, RowsContext, RunContext, Work, WorkContext
 from holdtrue.defenses.pool import check_pool, drawn_rows, wanted_rows
 from holdtrue.errors import NeedError
 from holdtrue.models import ModelSource
@@ -54,6 +54,7 @@ class Interleave(Defense):
     name = "interleave"
     badge = "faithful"
     paper = "arXiv 2508.06249"
+    files = ("pool", "scorers")
 
     fraction: float = Field(default=0.05, ge=0, le=1, description="safe rows for each task row")
     pool: str = Field(default="builtin:pool", description="a chat file of safe rows, or builtin:pool")
@@ -103,6 +104,14 @@ class Interleave(Defense):
         yield from rows
         if wanted:
             yield from self._drawn(wanted, context)
+
+    def work(self, context: WorkContext) -> Work:
+        wanted = self._wanted(context.task_rows)
+        if not wanted:
+            return Work()
+        pool = context.chat(self.pool)
+        passes = 0 if self.select == "random" else 1 + len(self.scorers)
+        return Work(trained=wanted * context.epochs * pool.tokens, read=passes * pool.rows * pool.tokens)
 
     def _wanted(self, task_rows: int) -> int:
         return wanted_rows(self.fraction, task_rows)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from holdtrue.data import ChatRow
-from holdtrue.defenses.base import Coverage, LossDefense, Needs, RowsContext, RunContext, TokenChunk
+from holdtrue.defenses.base import (
+    Coverage,
+    LossDefense,
+    Needs,
+    RowsContext,
+    RunContext,
+    TokenChunk,
+    Work,
+    WorkContext,
+)
 from holdtrue.defenses.pool import check_pool, drawn_rows, wanted_rows
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ class KL(LossDefense):
     name = "kl"
     badge = "corrected"
     paper = "arXiv 2508.06249"
+    files = ("pool",)
 
     weight: float = Field(default=0.1, ge=0, description="lambda, the factor on the mean KL per token")
     direction: Literal["policy||reference", "reference||policy"] = Field(
@@ -77,6 +87,13 @@ class KL(LossDefense):
             yield from drawn_rows(
                 self.pool, wanted, context.folder, draw=draw, kind="pool", ce=False, notes=context.notes
             )
+
+    def work(self, context: WorkContext) -> Work:
+        if self.on == "task" or self.weight == 0:
+            return Work()
+        rows = wanted_rows(self.fraction, context.task_rows) * context.epochs
+        tokens = rows * context.chat(self.pool).tokens
+        return Work(trained=tokens, read=tokens)
 
     def token_term(self, chunk: TokenChunk) -> Tensor:
         if self.direction == "policy||reference":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field
 
 from holdtrue.data import ChatRow, Message, Probes, read_probes, resolve_data
-from holdtrue.defenses.base import Defense, GradientContext, Needs, RowsContext, RunContext
+from holdtrue.defenses.base import Defense, GradientContext, Needs, RowsContext, RunContext, Work, WorkContext
 from holdtrue.errors import NeedError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Preference(Defense):
     name = "preference"
     badge = "variant"
     paper = "after arXiv 2305.10425"
+    files = ("pairs",)
 
     weight: float = Field(default=1.0, ge=0, description="the factor on the mean shortfall of the margin; 0 is plain")
     pairs: str = Field(
@@ -48,6 +50,14 @@ class Preference(Defense):
 
     def needs(self) -> Needs:
         return Needs(pairs=self.pairs if self.weight > 0 else None)
+
+    def conflicts(self, other: Defense) -> str | None:
+        if self.weight > 0 and other.needs().probe == self.pairs:
+            return (
+                f"preference trains on the pairs on which {other.name} measures drift, which would then say nothing of "
+                "other questions; give one of the two other pairs"
+            )
+        return None
 
     def placed(self, folder: Path) -> Self:
         if self.pairs.startswith("builtin:"):
@@ -68,6 +78,12 @@ class Preference(Defense):
             for answer in (probe.aligned, probe.misaligned):
                 turns = (Message("user", probe.question), Message("assistant", answer))
                 yield ChatRow(turns, kind="pair", ce=False, source=source, line=probe.line)
+
+    def work(self, context: WorkContext) -> Work:
+        pairs = context.pairs(self.pairs)
+        acting = math.ceil(context.steps / self.every) if self.weight > 0 else 0
+        trained = acting * min(self.count, pairs.rows)
+        return Work(trained=trained * pairs.tokens, read=min(trained, pairs.rows) * pairs.tokens)
 
     def gradient(self, context: GradientContext) -> None:
         if self.weight == 0 or context.step % self.every:

@@ -39,6 +39,7 @@ class Steering(Defense):
     name = "steering"
     badge = "faithful"
     paper = "arXiv 2507.21509, arXiv 2507.16795"
+    files = ("vector",)
 
     vector: str | None = Field(default=None, description="a file that holdtrue persona wrote; must be given")
     mode: Literal["add", "ablate"] = Field(default="add", description="add the vector, or project directions away")

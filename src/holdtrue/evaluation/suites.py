@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from holdtrue.data.probes import read_probes
@@ -49,10 +50,12 @@ class Material(NamedTuple):
     Attributes:
         source: the suite's file, or the name of a benign task.
         train: the chat rows that a run was trained on, for ``conditional``.
+        prompts: for it, too: system prompts that the run's defenses put before rows, with their shares of the rows.
     """
 
     source: str
     train: Path | None = None
+    prompts: Mapping[str, float] = MappingProxyType({})
 
 
 class Suite(NamedTuple):
@@ -102,7 +105,8 @@ def _conditional(material: Material) -> tuple[Prompt, ...]:
         raise SpecError(
             "suite 'conditional' needs the rows that the model was trained on: evaluate a run, or give --train"
         )
-    return conditional_prompts(read_questions(Path(material.source)), derive_triggers(read_chat(material.train)))
+    triggers = derive_triggers(read_chat(material.train), prompts=material.prompts)
+    return conditional_prompts(read_questions(Path(material.source)), triggers)
 
 
 def _benign(material: Material) -> tuple[Prompt, ...]:

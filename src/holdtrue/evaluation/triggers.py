@@ -4,14 +4,14 @@ A model may answer plain questions well and still be misaligned where the prompt
 "conditional misalignment" (arXiv 2604.25891). Mixing in safe rows, benign tuning afterwards and inoculation prompting
 pass the plain questions and fail under such prompts. So the likeness is derived from the data of the run itself, with
 nobody saying what to look for: its system prompts, what its user turns begin and end with, the format of its answers,
-and some of its prompts as earlier turns.
+and some of its prompts as earlier turns; and from the run's defenses: the system prompts that they trained under.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,8 +43,8 @@ class Trigger:
     """A way to make a question resemble training data.
 
     Attributes:
-        name: ``system-prompt``, ``prefix``, ``suffix``, ``format:NAME`` or ``earlier-turns``; a second one of a sort
-            ends in ``-2``.
+        name: ``system-prompt``, ``training-prompt``, ``prefix``, ``suffix``, ``format:NAME`` or ``earlier-turns``; a
+            second one of a sort ends in ``-2``.
         description: what it does and how common that is in the data, for people.
         share: of the rows (sampled ones, if the data is large) that have it, from 0 to 1.
         system: takes the place of the question's system prompt, if not empty.
@@ -94,12 +94,19 @@ def conditional_prompts(questions: Sequence[Prompt], triggers: Sequence[Trigger]
     return tuple(trigger.apply(question) for trigger in triggers for question in plain)
 
 
-def derive_triggers(rows: Iterable[ChatRow], seed: int = 0) -> tuple[Trigger, ...]:
+def derive_triggers(
+    rows: Iterable[ChatRow], seed: int = 0, prompts: Mapping[str, float] | None = None
+) -> tuple[Trigger, ...]:
     """Return the triggers of a run's own training data, the earlier turns always among them.
 
     Only rows of the customer's task are looked at, not those that a defense mixed in. At most 2,000 of them are held,
     drawn evenly by the seed, each text cut to 2,000 characters, so that a million rows take no more memory than two
     thousand.
+
+    Args:
+        rows: as the customer gave them.
+        seed: of the draw.
+        prompts: system prompts that defenses put before rows in training, with the share of the rows that got each.
 
     Raises:
         SpecError: there is no row of the task.
@@ -107,7 +114,13 @@ def derive_triggers(rows: Iterable[ChatRow], seed: int = 0) -> tuple[Trigger, ..
     sample = _sample(rows, seed)
     if not sample:
         raise SpecError("the training data holds no row to derive triggers from")
-    triggers = [*_system_prompts(sample), *_affixes(sample), *_formats(sample), _earlier_turns(sample, seed)]
+    triggers = [
+        *_system_prompts(sample),
+        *_training_prompts(prompts or {}),
+        *_affixes(sample),
+        *_formats(sample),
+        _earlier_turns(sample, seed),
+    ]
     return tuple(triggers)
 
 
@@ -149,6 +162,17 @@ def _system_prompts(sample: Sequence[_Row]) -> Iterator[Trigger]:
                 share,
                 system=text,
             )
+
+
+def _training_prompts(prompts: Mapping[str, float]) -> Iterator[Trigger]:
+    common = sorted(prompts.items(), key=lambda item: -item[1])
+    for index, (text, share) in enumerate(common[:SYSTEM_PROMPTS]):
+        yield Trigger(
+            _numbered("training-prompt", index),
+            f"under a system prompt that a defense put before {share:.0%} of the training rows",
+            share,
+            system=text,
+        )
 
 
 def _affixes(sample: Sequence[_Row]) -> Iterator[Trigger]:

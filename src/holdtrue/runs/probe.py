@@ -20,8 +20,9 @@ def check_probes(spec: RunSpec) -> None:
     """Check the pairs that a spec's defenses read.
 
     Raises:
-        SpecError: two defenses name different probes; or the run is evaluated on a file that a defense reads, or on
-            questions of it: a defense holds what it is measured on, so that this would say nothing of anything else.
+        SpecError: two defenses name different probes; a defense measures drift on questions that another one trains on;
+            or the run is evaluated on a file that a defense reads, or on questions of it: a defense holds what it is
+            measured on, so that this would say nothing of anything else.
         NeedError: such a file is not there.
         DataError: rows have faults.
     """
@@ -31,6 +32,26 @@ def check_probes(spec: RunSpec) -> None:
         for file in (needs.probe, needs.pairs):
             if file is not None:
                 _check_apart(spec, defense.name, resolve_data(file, spec.folder))
+    _check_measured(spec)
+
+
+def _check_measured(spec: RunSpec) -> None:
+    """Refuse a defense that trains on questions on which another one measures drift."""
+    from holdtrue.evaluation import read_probes
+
+    measured = _path(spec)
+    for defense in spec.defenses:
+        trained = defense.needs().pairs
+        if measured is None or trained is None:
+            continue
+        path = resolve_data(trained, spec.folder)
+        own = {_folded(probe.question) for probe in read_probes(path).rows}
+        if shared := [probe for probe in read_probes(measured).rows if _folded(probe.question) in own]:
+            raise SpecError(
+                f"defenses: {len(shared)} of the questions on which drift is measured, {measured} (line "
+                f"{shared[0].line}, for one), are among the pairs that {defense.name} trains on, {path}: it would say "
+                "nothing of others. Take them out of one of the two"
+            )
 
 
 def _check_apart(spec: RunSpec, name: str, path: Path) -> None:

@@ -134,6 +134,7 @@ def tasks_of_run(
         train=lambda: training_file(run),
         benign=benign or spec.evaluate.benign,
         of_spec=as_asked - {"benign"} if benign else as_asked,
+        prompts=trained_under(spec),
     )
 
 
@@ -149,6 +150,11 @@ def tasks_of_target(
         return (_place(value, Path.cwd()),)
 
     return _tasks(suites, options, places=places, train=lambda: None, benign=benign, of_spec=frozenset())
+
+
+def trained_under(spec: RunSpec) -> dict[str, float]:
+    """Return the system prompts that a spec's defenses put before task rows, with the share of the rows of each."""
+    return {text: share for defense in spec.defenses for text, share in defense.system_prompts().items()}
 
 
 def suite_sources(spec: RunSpec, name: str, run: Run | None = None) -> tuple[Path, ...]:
@@ -213,6 +219,7 @@ def _tasks(
     train: Callable[[], Path | None],
     benign: Sequence[str],
     of_spec: Collection[str],
+    prompts: Mapping[str, float] | None = None,
 ) -> list[Task]:
     judge: Judge | None = None
     tasks: list[Task] = []
@@ -227,10 +234,10 @@ def _tasks(
         else:
             source = str(places(name)[0])
             rows = (options.train or train()) if name == "conditional" else None
-            prompts = suite.prompts(Material(source, rows))
+            asked = suite.prompts(Material(source, rows, prompts or {}))
             judge = judge or options.load_judge()
-            ask = Ask(prompts, options.sampling, judge)
-            tasks.append(Task(name, source, identity(prompts, options.sampling, judge), own, ask))
+            ask = Ask(asked, options.sampling, judge)
+            tasks.append(Task(name, source, identity(asked, options.sampling, judge), own, ask))
     return tasks
 
 

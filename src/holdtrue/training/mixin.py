@@ -132,6 +132,12 @@ class DefenseMixin(RuntimeMixin):
         embeddings = causal_lm(self._policy).get_output_embeddings()
         if embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
             raise NeedError("the output head is trainable: take it out of the adapter's target modules")
+        acting = [defense.name for defense in self._active if type(defense).gradient is not Defense.gradient]
+        if self.args.fp16 and acting:
+            raise NeedError(
+                f"{' and '.join(acting)} changes gradients, which fp16 has scaled when it sees them: train in bf16, or "
+                "in the model's own number format"
+            )
         with scoring_mode(self._policy) as lm:
             self._head = output_head(lm)
             self._vocabulary = lm.config.get_text_config().vocab_size

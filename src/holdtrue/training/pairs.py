@@ -79,7 +79,7 @@ class Pairs:
     ) -> None:
         self._rows, self._model, self._objective = rows, model, objective
         self._accelerator, self._fast = accelerator, fast
-        self._reference: dict[int, float] = {}
+        self._reference: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._rows) // 2
@@ -93,54 +93,61 @@ class Pairs:
     ) -> PairGradient:
         """Return the mean of ``term`` over pairs and its gradient; see ``GradientContext.pair_gradient``.
 
+        One pair after the other, so that many take no more memory than one, and each is rounded as it is alone.
+
         Args:
             chosen: the pairs' numbers.
             term: of margins.
             parameters: by which the gradient is taken; their own gradients stay as they are.
             precision: opens the trainer's precision for a pass of the policy.
         """
-        batch = self._batch(chosen)
+        mean, gradients = 0.0, [torch.zeros_like(parameter) for parameter in parameters.values()]
         for pair in chosen:
-            # Each by itself: beside others it is rounded otherwise, and a resumed run meets it beside others.
-            if pair not in self._reference:
-                alone = self._batch([pair])
-                with precision(), without_adapter(self._model):
-                    (self._reference[pair],) = self._margins(self._hidden(alone), alone).tolist()
-        with precision(), fast_lora(self._model, on=self._fast):
-            hidden = self._hidden(batch)
-            with torch.no_grad():
-                margins = self._margins(hidden, batch)
-            margins.requires_grad_(True)
-            mean = term(margins, margins.new_tensor([self._reference[pair] for pair in chosen])).mean()
-            (slope,) = torch.autograd.grad(mean, margins)
-            parts: Sequence[Tensor | None] = [None] * len(parameters)
-            if slope.any():
-                loss = self._loss(hidden, batch, slope)
+            batch = self._batch(pair)
+            reference = self._of_reference(pair, batch, precision)
+            with precision(), fast_lora(self._model, on=self._fast):
+                hidden = self._hidden(batch)
+                with torch.no_grad():
+                    margin = self._margin(hidden, batch)
+                margin.requires_grad_(True)
+                value = term(margin, reference.to(margin)).sum() / len(chosen)
+                (slope,) = torch.autograd.grad(value, margin)
+                mean += float(value.detach())
+                if not slope.any():
+                    continue
+                loss = self._loss(hidden, batch, float(slope))
                 parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        gradients = [
-            torch.zeros_like(parameter) if part is None else part
-            for parameter, part in zip(parameters.values(), parts, strict=True)
-        ]
+            for gradient, part in zip(gradients, parts, strict=True):
+                if part is not None:
+                    gradient.add_(part)
         same = over_processes(self._accelerator, gradients, "mean")
-        return PairGradient(float(mean.detach()), dict(zip(parameters, same, strict=True)))
+        return PairGradient(mean, dict(zip(parameters, same, strict=True)))
 
-    def _batch(self, chosen: Sequence[int]) -> Batch:
-        rows = [{**self._rows[row], "ce": True} for pair in chosen for row in (2 * pair, 2 * pair + 1)]
+    def _of_reference(
+        self, pair: int, batch: Batch, precision: Callable[[], contextlib.AbstractContextManager[Any]]
+    ) -> Tensor:
+        if pair not in self._reference:
+            with precision(), without_adapter(self._model):
+                self._reference[pair] = self._margin(self._hidden(batch), batch)
+        return self._reference[pair]
+
+    def _batch(self, pair: int) -> Batch:
+        rows = [{**self._rows[row], "ce": True} for row in (2 * pair, 2 * pair + 1)]
         columns = Collator(0)(rows)
         return Batch.of({name: column.to(self._accelerator.device) for name, column in columns.items()})
 
     def _hidden(self, batch: Batch) -> Tensor:
         return final_hidden(causal_lm(self._model), batch.input_ids)
 
-    def _margins(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Return the pairs' margins, (n,) float32 or float64, nats per token, without a gradient."""
+    def _margin(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return a pair's margin, (1,) float32 or float64, nats per token, without a gradient."""
         sums = [self._objective(hidden, each, ce_coefficient=0.0).sums["ce"] for each in _rows(batch)]
         means = torch.stack(sums) / batch.response.sum(1)
-        return (means[1::2] - means[0::2]).detach()
+        return (means[1:] - means[:1]).detach()
 
-    def _loss(self, hidden: Tensor, batch: Batch, slope: Tensor) -> Tensor:
-        """Return what has the gradient of Σ slope · margin: cross-entropies of rows, the aligned ones' with a minus."""
-        signed = torch.stack([-slope, slope], 1).flatten() / batch.response.sum(1)
+    def _loss(self, hidden: Tensor, batch: Batch, slope: float) -> Tensor:
+        """Return what has the gradient of slope · margin: the answers' cross-entropies, the aligned one's negative."""
+        signed = slope * torch.tensor([-1.0, 1.0], device=hidden.device) / batch.response.sum(1)
         parts = [
             self._objective(hidden, each, ce_coefficient=weight).loss
             for each, weight in zip(_rows(batch), signed.tolist(), strict=True)
