@@ -202,6 +202,21 @@ def test_the_grid_pages_example_parses_and_names_every_key(tmp_path: Path):
         assert f"`{name}`" in text or name == "folder", name
 
 
+def test_the_policy_page_shows_the_default_and_names_every_key():
+    from holdtrue.service.policy import default_document, parse_policy
+    from holdtrue.service.policy.document import Hyperparameters, OnFail, PolicyDocument
+
+    text = page("how-to/write-a-policy.md")
+    (shown, *_) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert parse_policy(shown) == parse_policy(default_document("smollm2-135m-instruct"))
+    for model, prefix in ((PolicyDocument, ""), (Hyperparameters, "hyperparameters."), (OnFail, "on_fail.")):
+        for name in model.model_fields:
+            assert f"`{prefix}{name}`" in text or name in ("hyperparameters", "on_fail"), name
+    for name, field in Hyperparameters.model_fields.items():
+        auto, least, most = (getattr(field.default, key) for key in ("auto", "min", "max"))
+        assert f"`hyperparameters.{name}` | `{{auto: {auto}, min: {least}, max: {most}}}`" in text
+
+
 def test_the_spec_pages_example_parses(tmp_path: Path):
     from holdtrue.runs import load_spec
 

@@ -27,10 +27,11 @@ _FIRST = next(iter(ALIASES))
 @app.command("validate")
 def validate(file: File, as_json: AsJson = False) -> Result:
     """Read a policy and say what it comes to, or all that is wrong with it."""
-    from holdtrue.service.policy import parse_policy
+    from holdtrue.service.policy import check_paths, parse_policy
     from holdtrue.service.policy.store import digest
 
     document = parse_policy(_read(file), str(file))
+    check_paths(document)
     values = {"base_model": document.base_model, "sha256": digest(document), "document": document.canonical()}
 
     def show(console: Console) -> None:

@@ -1,11 +1,21 @@
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdtrue.defenses.catalog import available
 from holdtrue.errors import SpecError
-from holdtrue.service.policy import JobRequest, RefusalError, default_document, parse_policy, resolve, settle
+from holdtrue.service.policy import (
+    JobRequest,
+    RefusalError,
+    check_paths,
+    default_document,
+    parse_policy,
+    resolve,
+    settle,
+)
 
 BASE = "smollm2-135m-instruct"
 DEFAULT = parse_policy(default_document(BASE))
@@ -58,6 +68,43 @@ def test_nothing_that_protects_has_a_silent_default(missing: str):
 def test_a_faulty_policy_is_refused_with_the_reason(change: dict[str, str], said: str):
     with pytest.raises(SpecError, match=said):
         parse_policy(policy(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"defenses": "[{kl: {on: pool, pool: PATH}}]"}, "defenses.kl.pool"),
+        (
+            {"defenses": "[{interleave: {select: perplexity_gap, scorers: [builtin:a, PATH]}}]"},
+            "defenses.interleave.scorers",
+        ),
+        ({"defenses": "[{steering: {vector: PATH}}]"}, "defenses.steering.vector"),
+        ({"defenses": "[kl, {adaptive: {probe: PATH}}]"}, "defenses.adaptive.probe"),
+        ({"on_fail": "{retrain: [{preference: {pairs: PATH}}]}"}, "defenses.preference.pairs"),
+        (
+            {"evaluate": "{suites: [likelihood], data: {likelihood: [builtin:probes, PATH]}}"},
+            "evaluate.data.likelihood",
+        ),
+        ({"evaluate": "{suites: [benign], benign: ['gsm8k:PATH']}"}, "evaluate.benign"),
+        ({"screen": "{vector: PATH}"}, "screen"),
+    ],
+)
+def test_a_relative_path_is_refused_since_workers_have_other_folders(change: dict[str, str], where: str):
+    for path in ("pool.jsonl", "../pool.jsonl", "~/pool.jsonl"):
+        text = policy(**{key: value.replace("PATH", path) for key, value in change.items()})
+        with pytest.raises(SpecError, match=rf"{where}: .*{path}: .*give the whole path"):
+            check_paths(parse_policy(text))
+    check_paths(parse_policy(policy(**{key: value.replace("PATH", "/srv/a.jsonl") for key, value in change.items()})))
+
+
+def test_every_parameter_that_names_a_file_is_known_as_one():
+    """By its description: whoever adds a defense that reads a file must not forget it."""
+    for name, kind in available().items():
+        named = {
+            key for key, field in kind.model_fields.items() if re.search(r"\b(file|folders) ", field.description or "")
+        }
+        assert named <= set(kind.files) | {"unaligned", "aligned"}, name
+    assert sum(len(kind.files) for kind in available().values()) >= 7
 
 
 def test_a_further_training_is_stronger_and_keeps_the_rest(rows: Path):

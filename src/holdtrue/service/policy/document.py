@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, model_validator
@@ -11,6 +12,7 @@ from pydantic.functional_validators import BeforeValidator
 
 from holdtrue.defenses import Defense, LossDefense, parse
 from holdtrue.errors import HoldtrueError, SpecError
+from holdtrue.evaluation.benign import parse_benign
 from holdtrue.evaluation.gate import GateSpec
 from holdtrue.models import AdapterSpec
 from holdtrue.runs.reading import parse_yaml
@@ -209,6 +211,44 @@ def read_policy(values: Any, where: str = "policy") -> PolicyDocument:
         raise SpecError(f"{where}: {explain(error, PolicyDocument, 'policy')}") from None
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
+
+
+def check_paths(document: PolicyDocument) -> None:
+    """Raise ``SpecError`` for files that a document names by relative paths: workers run in folders of their own.
+
+    Asked of what is about to be stored, and not of what is: a later version must not refuse that.
+    """
+    wrong = [f"{where}: {path}" for where, path in _paths(document) if not _is_whole(path)]
+    if wrong:
+        raise SpecError(
+            "; ".join(wrong) + ": workers run in folders of their own: give the whole path, the same on each host that "
+            "trains, or builtin:NAME"
+        )
+
+
+def _paths(document: PolicyDocument) -> Iterator[tuple[str, str]]:
+    for attempt in range(len(document.on_fail.retrain) + 1):
+        for defense in document.defenses_of(attempt):
+            for name in defense.files:
+                for path in _texts(getattr(defense, name)):
+                    yield f"defenses.{defense.name}.{name}", path
+    for suite, value in document.evaluate.data.items():
+        for path in _texts(value):
+            yield f"evaluate.data.{suite}", path
+    for task in map(parse_benign, document.evaluate.benign):
+        if task.kind in ("gsm8k", "exact"):
+            yield "evaluate.benign", task.argument
+    if document.screen is not None:
+        for path in (*_texts(document.screen.vector), *document.screen.scorers):
+            yield "screen", path
+
+
+def _texts(value: str | Sequence[str] | None) -> Sequence[str]:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _is_whole(path: str) -> bool:
+    return path.startswith("builtin:") or Path(path).is_absolute()
 
 
 def default_document(base_model: str) -> str:

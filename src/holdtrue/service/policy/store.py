@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from holdtrue.errors import RunError, SpecError
 from holdtrue.runs.spec import differences
 from holdtrue.service import audit, ids
-from holdtrue.service.policy.document import PolicyDocument, parse_policy, read_policy
+from holdtrue.service.policy.document import PolicyDocument, check_paths, parse_policy, read_policy
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import ActivePolicy, Policy
 
@@ -54,9 +54,10 @@ def save(session: Session, text: str, *, actor: str, now: int, note: str = "") -
     """Write a new version for the document's base model; the latest one is returned where it says the same.
 
     Raises:
-        SpecError: the text is no valid policy.
+        SpecError: the text is no valid policy, or names a file by a relative path.
     """
     document = parse_policy(text)
+    check_paths(document)
     newest = _newest(session, document.base_model)
     name = digest(document)
     if newest is not None and newest.digest == name:
