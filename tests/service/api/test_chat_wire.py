@@ -249,6 +249,44 @@ def test_what_cannot_be_done_is_refused_by_name(place: Place, values: dict[str, 
     assert caught.value.param.split(".")[0] == param
 
 
+PART = {"type": "image_url", "image_url": {"url": "a"}}
+NAMED: list[tuple[dict[str, Any], str, str]] = [
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "List should have at most 4 items after validation, not 5"),
+    ({"stop": ["a", 3]}, "stop", "Input should be a valid string"),
+    ({"stop": 3}, "stop", "Input should be a valid string or a valid list"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, PART]}]},
+        "messages.content.type",
+        "Input should be 'text', and not 'image_url'",
+    ),
+    ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.content", "Input should be an object"),
+    (
+        {"messages": [{"role": "tool", "content": "a"}]},
+        "messages.role",
+        "Input should be 'system', 'developer', 'user' or 'assistant', and not 'tool'",
+    ),
+]
+
+
+def test_what_is_wrong_is_said_of_the_kind_that_was_given(place: Place):
+    with place.client() as client:
+        for values, param, message in NAMED:
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(**{"model": place.base, **ask(), **values})
+            assert caught.value.body["message"] == f"Invalid value for '{param}': {message}"  # type: ignore[index]
+            assert caught.value.param == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_limit_of_tokens_is_named_as_it_was_given(place: Place, stream: bool):
+    asked: dict[str, Any] = {"model": place.base, "messages": [{"role": "user", "content": "a"}], "stream": stream}
+    with place.client() as client:
+        for name in ("max_completion_tokens", "max_tokens"):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(**asked, **{name: 10**6})
+            assert (caught.value.param, caught.value.code) == (name, "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -225,6 +225,21 @@ def test_a_bad_job_is_refused_with_its_field(client: OpenAI, file_id: str, chang
     assert len(list(client.fine_tuning.jobs.list())) == before
 
 
+def test_a_hyperparameter_that_is_none_says_what_it_should_be(client: OpenAI, file_id: str):
+    number = "Input should be 'auto' or a valid integer"
+    for name, value, expected in (
+        ("n_epochs", 0, "Input should be greater than or equal to 1"),
+        ("n_epochs", "3", number),
+        ("n_epochs", 1.0, number),
+        ("batch_size", 2.5, number),
+        ("learning_rate_multiplier", -1, "Input should be greater than 0"),
+        ("learning_rate_multiplier", "2", "Input should be 'auto' or a valid number"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.fine_tuning.jobs.create(model=BASE, training_file=file_id, hyperparameters={name: value})  # type: ignore[arg-type]
+        assert caught.value.body["message"] == f"Invalid value for 'hyperparameters.{name}': {expected}"  # type: ignore[index]
+
+
 def test_a_file_of_another_purpose_is_refused(client: OpenAI):
     other = client.files.create(file=("x.jsonl", b"{}"), purpose="user_data")
     with pytest.raises(openai.BadRequestError) as caught:
