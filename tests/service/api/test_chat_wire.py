@@ -17,8 +17,12 @@ import uvicorn
 from openai import OpenAI
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob, chat_completion
+from openai.types.chat.chat_completion_content_part_text_param import (
+    ChatCompletionContentPartTextParam,
+    PromptCacheBreakpoint,
+)
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
-from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase, PromptCacheOptions
 from sqlalchemy import select
 
 from holdtrue.models import load_model, resolve
@@ -139,8 +143,12 @@ def test_the_fields_are_openais():
     assert set(chat_wire.TopLogprob.model_fields) == set(TopLogprob.model_fields)
     rest = {"completion_tokens_details", "prompt_tokens_details"}
     assert set(chat_wire.Usage.model_fields) == set(CompletionUsage.model_fields) - rest
+    left_out: set[str] = set()  # what is not offered is known too, and refused by its value: see NEUTRAL
     known = set(CompletionCreateParamsBase.__annotations__) | {"stream"}
-    assert set(chat_wire.ChatBody.model_fields) == known - {"prompt_cache_options"}
+    assert set(chat_wire.ChatBody.model_fields) == known - left_out
+    assert set(chat_wire.CacheOptions.model_fields) == set(PromptCacheOptions.__annotations__)
+    assert set(chat_wire.TextPart.model_fields) == set(ChatCompletionContentPartTextParam.__annotations__)
+    assert set(chat_wire.CacheBreakpoint.model_fields) == set(PromptCacheBreakpoint.__annotations__)
 
 
 def test_an_answer_and_who_gave_it(place: Place):
@@ -287,12 +295,17 @@ def test_a_limit_of_tokens_is_named_as_it_was_given(place: Place, stream: bool):
             assert (caught.value.param, caught.value.code) == (name, "context_length_exceeded")
 
 
+CACHED = {"type": "text", "text": "Hello", "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "12h"}}
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "presence_penalty": 0.0},
         {"logit_bias": {}, "modalities": ["text"], "store": False, "service_tier": "auto", "parallel_tool_calls": True},
         {"user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "prompt_cache_key": "k", "stop": None},
+        {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}, "prompt_cache_retention": "24h"},
+        {"messages": [{"role": "user", "content": [CACHED]}]},
     ],
 )
 def test_what_asks_for_nothing_is_taken(place: Place, values: dict[str, Any]):

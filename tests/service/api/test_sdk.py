@@ -8,6 +8,7 @@ import io
 import threading
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -253,6 +254,20 @@ def test_a_file_in_use_stays(client: OpenAI, file_id: str):
         client.files.delete(file_id)
     assert caught.value.response.headers["x-should-retry"] == "false"
     client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_metadata_may_have_lines_and_tabs(server: Server, client: OpenAI, file_id: str):
+    value = 'first\tcolumn\r\nkzq8 {"event": "forged"}\x1b[31m'
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file_id, metadata={"note": value})
+    assert client.fine_tuning.jobs.retrieve(job.id).metadata == {"note": value}
+    assert [each.id for each in client.fine_tuning.jobs.list(metadata={"note": value})] == [job.id]
+    client.fine_tuning.jobs.cancel(job.id)
+    assert "kzq8" not in server.log.read_text()
+    for wrong in ('"nul \\u0000"', '"half \\ud800"'):
+        body = f'{{"model": "{BASE}", "training_file": "{file_id}", "metadata": {{"note": {wrong}}}}}'
+        headers = {"authorization": f"Bearer {server.key}", "content-type": "application/json"}
+        answer = httpx.post(f"{server.url}/fine_tuning/jobs", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata.note")
 
 
 def test_metadata_filters(server: Server, file_id: str):
