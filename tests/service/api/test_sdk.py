@@ -81,7 +81,7 @@ def test_an_upload_in_parts(client: OpenAI):
 def test_an_upload_is_what_it_says(client: OpenAI):
     upload = client.uploads.create(bytes=6, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     one, two = (client.uploads.parts.create(upload.id, data=data).id for data in (b"abc", b"def"))
-    for wrong in ([one], [one, one], [one, two, "part-" + "a" * 24]):
+    for wrong in ([one], [one, one, two], [one, two, "part-" + "a" * 24]):
         with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
             client.uploads.complete(upload.id, part_ids=wrong)
         assert caught.value.param == "part_ids"
@@ -94,6 +94,31 @@ def test_an_upload_is_what_it_says(client: OpenAI):
     other = client.uploads.create(bytes=6, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     assert client.uploads.cancel(other.id).status == "cancelled"
     assert client.uploads.cancel(other.id).status == "cancelled"
+
+
+def test_equal_parts_of_which_one_was_sent_again(server: Server):
+    """The second's first attempt never arrived: its retry is taken for the first, and has its id."""
+    content = b"abcabc"
+    with server.client(server.tenant("equal", storage_bytes=12)) as client:
+        upload = client.uploads.create(bytes=6, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+        one, two = (
+            client.uploads.parts.create(upload.id, data=b"abc", extra_headers={"x-stainless-retry-count": tries}).id
+            for tries in ("0", "1")
+        )
+        assert one == two
+        with pytest.raises(openai.BadRequestError, match="9 bytes together") as caught:
+            client.uploads.complete(upload.id, part_ids=[one, two, two])
+        assert caught.value.param == "part_ids"
+        other = client.files.create(file=("b.jsonl", b"1234567"), purpose="fine-tune")
+        with pytest.raises(openai.RateLimitError) as refused:  # the file is as long as all that it is made of
+            client.uploads.complete(upload.id, part_ids=[one, two])
+        assert refused.value.code == "storage_bytes"
+        client.files.delete(other.id)
+        done = client.uploads.complete(upload.id, part_ids=[one, two], md5=hashlib.md5(content).hexdigest())
+        assert done.file is not None
+        assert done.file.bytes == 6
+        assert client.files.content(done.file.id).read() == content
+        assert client.get("/holdtrue/usage", cast_to=httpx.Response).json()["storage_bytes"] == 6
 
 
 def test_parts_take_room_until_they_are_a_file(server: Server):
