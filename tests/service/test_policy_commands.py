@@ -9,14 +9,15 @@ import pytest
 from sqlalchemy import select
 
 from holdtrue.cli.main import main
-from holdtrue.service import tenancy
+from holdtrue.service import clock, tenancy
 from holdtrue.service.evidence import signing
+from holdtrue.service.jobs.publish import decide
 from holdtrue.service.policy import default_document
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
-from holdtrue.service.store.schema import AuditEntry, Model, Receipt
-from house import build_house
+from holdtrue.service.store.schema import AuditEntry, GateDecision, Model, Receipt
+from house import House, build_house
 
 BASE = "smollm2-135m-instruct"
 
@@ -99,3 +100,25 @@ def test_a_model_is_verified_by_name_and_as_a_folder(tmp_path, tiny_dir, answer)
     assert code == 1
     assert "not what was signed" in json.dumps(found)
     db.close()
+
+
+@pytest.mark.parametrize("back", [0, 5])
+def test_the_receipt_of_a_persons_decision_is_the_newest(house: House, answer, monkeypatch, back: int):
+    """Also within one second of the gate's, or after the clock was set back."""
+    house.policy(gate={"margin_fall": {"max": 1e-9}}, defenses=[], on_fail={"then": "hold"})
+    job_id = house.job(hyperparameters={"n_epochs": 1})
+    house.dispatch()
+    house.work()
+    (model,), (decision,), (gates,) = (house.all(kind, job_id) for kind in (Model, GateDecision, Receipt))
+    assert model.status == "held"
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "now", lambda: gates.created_at - back)
+        with house.db.write() as session:
+            signer = signing.signer_of(house.settings)
+            decide(session, decision.id, release=True, by="Ada", reason="read them", signer=signer)
+    url = house.db.engine.url.render_as_string(hide_password=False).replace("+psycopg", "")
+    code, found = answer("verify", model.name, "--home", house.settings.home, "--database-url", url)
+    assert (code, found["status"]) == (0, "ready")
+    assert found["predicate"]["override"]["by"] == "Ada"
+    shown = house.api().get(f"/v1/holdtrue/jobs/{job_id}/receipt").json()
+    assert signing.payload(shown["envelope"]) == {key: value for key, value in found.items() if key != "status"}

@@ -7,7 +7,7 @@ import threading
 import pytest
 from sqlalchemy import select
 
-from holdtrue.service import ids, quotas, tenancy
+from holdtrue.service import clock, ids, quotas, tenancy
 from holdtrue.service.quotas import Limits, QuotaError, RateLimiter
 from holdtrue.service.store.schema import File, Project, Upload, UploadPart
 
@@ -76,13 +76,21 @@ def test_parts_of_unfinished_uploads_take_room(db, project):
         quotas.check_storage(session, project, limits, 70, upload=pending)  # the parts become this file
 
 
-def test_a_mark_is_unlike_any_before_and_ends():
-    rates = RateLimiter()
+def test_a_mark_has_its_time_and_ends():
+    rates, now = RateLimiter(), clock.microseconds()
     assert rates.mark("a") == 0
-    rates.set_mark("a", 100)
-    first = rates.mark("a")
-    rates.set_mark("a", 1)
-    assert rates.mark("a") > first > 0
+    rates.set_mark("a", 100, now)
+    assert rates.mark("a") == now
+    rates.set_mark("a", 1, now + 5)
+    assert rates.mark("a") == now + 5
     assert rates.mark("b") == 0
     threading.Event().wait(1.2)
     assert rates.mark("a") == 0
+
+
+def test_marks_that_are_set_at_once_are_no_later_than_they_are():
+    """Two processes both clear a mark, and then both add their time."""
+    rates, now = RateLimiter(), clock.microseconds()
+    rates.set_mark("a", 100, now)
+    rates._storage.incr("a", 100, now + 2)
+    assert rates.mark("a") == now + 1

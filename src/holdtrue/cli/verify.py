@@ -59,7 +59,7 @@ def _stored(name: str, settings: Any, home: Path | None, database_url: str | Non
         row = session.scalar(select(Model).where(Model.name == name))
         if row is None:
             raise SpecError(f"{name} is no folder, and no model of the service in {settings.home}")
-        newest = select(Receipt).where(Receipt.model_id == row.id).order_by(Receipt.created_at.desc())
+        newest = select(Receipt).where(Receipt.model_id == row.id).order_by(Receipt.created_at.desc(), Receipt.id)
         found = session.scalars(newest.limit(1)).first()
         if found is None or row.adapter is None:
             raise RunError(f"{name} has no receipt, or its weights were deleted: there is nothing to verify")

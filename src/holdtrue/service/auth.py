@@ -163,6 +163,11 @@ def is_valid(row: ApiKey, now: int) -> bool:
     )
 
 
+def end_of(row: ApiKey) -> int | None:
+    """Return when a key stops working, as far as that is settled; ``None`` means never."""
+    return min((end for end in (row.expires_at, row.revoked_at) if end is not None), default=None)
+
+
 def note_use(session: Session, key_id: str, now: int) -> None:
     """Remember when a key was last used."""
     row = session.get(ApiKey, key_id)
@@ -176,8 +181,11 @@ def revoke(session: Session, row: ApiKey, now: int) -> None:
         row.revoked_at = now
 
 
-def rotate(session: Session, row: ApiKey, *, now: int, grace: int = 0) -> NewKey:
-    """Make a key like this one, and end this one after ``grace`` seconds.
+def rotate(session: Session, row: ApiKey, *, now: int, grace: int = 0, expires_at: int | None = None) -> NewKey:
+    """Make a key like this one, and end this one after ``grace`` seconds, or when it was to end anyway.
+
+    Args:
+        expires_at: of the new key; not given, it is this one's.
 
     Raises:
         SpecError: the key has ended already.
@@ -191,9 +199,9 @@ def rotate(session: Session, row: ApiKey, *, now: int, grace: int = 0) -> NewKey
         now=now,
         role=row.role,
         scopes=row.scopes,
-        expires_at=row.expires_at,
+        expires_at=row.expires_at if expires_at is None else expires_at,
     )
-    row.revoked_at = now + grace
+    row.revoked_at = now + grace if row.revoked_at is None else min(row.revoked_at, now + grace)
     return new
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import HoldtrueError, SpecError
+from holdtrue.service import clock
 from holdtrue.service.store.schema import ENDED, JOB_STATUSES, Job, Project, Upload, UploadPart, Usage
 
 GIBIBYTE = 2**30
@@ -85,14 +86,16 @@ class RateLimiter:
         """Raise the ``StorageError`` of ``limits`` unless the storage answers."""
         self._storage.get("check")
 
-    def set_mark(self, name: str, seconds: int) -> None:
-        """Give a name a new mark, unlike any before, for so many seconds."""
+    def set_mark(self, name: str, seconds: int, at: int) -> None:
+        """Give a name a mark of a time, in microseconds and not far from now, for so many seconds."""
         self._storage.clear(name)
-        self._storage.incr(name, seconds, time.time_ns() // 1000)
+        self._storage.incr(name, seconds, at)
 
     def mark(self, name: str) -> int:
-        """Return a name's mark, 0 where it has none."""
-        return cast(int, self._storage.get(name))  # of a storage that is not asyncio's
+        """Return the time of a name's mark, 0 where it has none."""
+        found = cast(int, self._storage.get(name))  # of a storage that is not asyncio's
+        # A storage can only add: where several set a mark at once, it has the sum of their times.
+        return found // max(1, round(found / clock.microseconds()))
 
     def hit(self, project_id: str, per_minute: int) -> Rate:
         """Count one request."""

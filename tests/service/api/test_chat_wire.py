@@ -17,8 +17,12 @@ import uvicorn
 from openai import OpenAI
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob, chat_completion
+from openai.types.chat.chat_completion_content_part_text_param import (
+    ChatCompletionContentPartTextParam,
+    PromptCacheBreakpoint,
+)
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
-from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase, PromptCacheOptions
 from sqlalchemy import select
 
 from holdtrue.models import load_model, resolve
@@ -139,8 +143,12 @@ def test_the_fields_are_openais():
     assert set(chat_wire.TopLogprob.model_fields) == set(TopLogprob.model_fields)
     rest = {"completion_tokens_details", "prompt_tokens_details"}
     assert set(chat_wire.Usage.model_fields) == set(CompletionUsage.model_fields) - rest
+    left_out: set[str] = set()  # what is not offered is known too, and refused by its value: see NEUTRAL
     known = set(CompletionCreateParamsBase.__annotations__) | {"stream"}
-    assert set(chat_wire.ChatBody.model_fields) == known - {"prompt_cache_options"}
+    assert set(chat_wire.ChatBody.model_fields) == known - left_out
+    assert set(chat_wire.CacheOptions.model_fields) == set(PromptCacheOptions.__annotations__)
+    assert set(chat_wire.TextPart.model_fields) == set(ChatCompletionContentPartTextParam.__annotations__)
+    assert set(chat_wire.CacheBreakpoint.model_fields) == set(PromptCacheBreakpoint.__annotations__)
 
 
 def test_an_answer_and_who_gave_it(place: Place):
@@ -249,12 +257,55 @@ def test_what_cannot_be_done_is_refused_by_name(place: Place, values: dict[str, 
     assert caught.value.param.split(".")[0] == param
 
 
+PART = {"type": "image_url", "image_url": {"url": "a"}}
+NAMED: list[tuple[dict[str, Any], str, str]] = [
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "List should have at most 4 items after validation, not 5"),
+    ({"stop": ["a", 3]}, "stop", "Input should be a valid string"),
+    ({"stop": 3}, "stop", "Input should be a valid string or a valid list"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, PART]}]},
+        "messages.content.type",
+        "Input should be 'text', and not 'image_url'",
+    ),
+    ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.content", "Input should be an object"),
+    (
+        {"messages": [{"role": "tool", "content": "a"}]},
+        "messages.role",
+        "Input should be 'system', 'developer', 'user' or 'assistant', and not 'tool'",
+    ),
+]
+
+
+def test_what_is_wrong_is_said_of_the_kind_that_was_given(place: Place):
+    with place.client() as client:
+        for values, param, message in NAMED:
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(**{"model": place.base, **ask(), **values})
+            assert caught.value.body["message"] == f"Invalid value for '{param}': {message}"  # type: ignore[index]
+            assert caught.value.param == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_limit_of_tokens_is_named_as_it_was_given(place: Place, stream: bool):
+    asked: dict[str, Any] = {"model": place.base, "messages": [{"role": "user", "content": "a"}], "stream": stream}
+    with place.client() as client:
+        for name in ("max_completion_tokens", "max_tokens"):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(**asked, **{name: 10**6})
+            assert (caught.value.param, caught.value.code) == (name, "context_length_exceeded")
+
+
+CACHED = {"type": "text", "text": "Hello", "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "12h"}}
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "presence_penalty": 0.0},
         {"logit_bias": {}, "modalities": ["text"], "store": False, "service_tier": "auto", "parallel_tool_calls": True},
         {"user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "prompt_cache_key": "k", "stop": None},
+        {"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}, "prompt_cache_retention": "24h"},
+        {"messages": [{"role": "user", "content": [CACHED]}]},
     ],
 )
 def test_what_asks_for_nothing_is_taken(place: Place, values: dict[str, Any]):

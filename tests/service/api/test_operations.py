@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from limits.storage import MemoryStorage
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from holdtrue.service import tenancy
@@ -26,7 +27,7 @@ from holdtrue.service.api.app import create_app
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import migrations
 from holdtrue.service.store.database import Database
-from holdtrue.service.store.schema import ApiKey, Project
+from holdtrue.service.store.schema import ApiKey, Job, Project
 from support import free_port
 
 from .conftest import ROW
@@ -202,6 +203,98 @@ def test_a_retry_is_not_answered_with_an_equal_request_of_before(app: FastAPI):
     new = create(0).json()["id"]
     assert new not in seen
     assert create(1).json()["id"] == new
+
+
+class Sender:
+    """Sends jobs as OpenAI's client does, to any of the processes over one database."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+        client = client_of(app)
+        self.file = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", ROW)}).json()["id"]
+
+    def another(self, home: Path) -> FastAPI:
+        """Return the app of another process, or of the same after its restart."""
+        app = create_app(ServiceSettings(home=home), db=self.app.state.parts.db)
+        app.state.key = self.app.state.key
+        return app
+
+    def limit(self, **limits: int) -> None:
+        with self.app.state.parts.db.write() as session:
+            session.scalars(select(Project)).one().limits = limits
+
+    def send(self, tries: int, seed: int = 1, app: FastAPI | None = None) -> Any:
+        body = {"model": "smollm2-135m-instruct", "training_file": self.file, "seed": seed}
+        client = client_of(app or self.app)
+        return client.post("/v1/fine_tuning/jobs", json=body, headers={"x-stainless-retry-count": str(tries)})
+
+    def job(self, tries: int, **options: Any) -> str:
+        return self.send(tries, **options).json()["id"]
+
+    def refused(self, app: FastAPI | None = None, **options: Any) -> None:
+        """Send a first attempt beyond the project's rate."""
+        self.limit(requests_per_minute=1)
+        client_of(app or self.app).get("/v1/models")
+        assert self.send(0, app=app, **options).status_code == 429
+        self.limit()
+
+
+def test_a_refusal_that_no_client_tries_again_doubles_nothing(app: FastAPI):
+    sender = Sender(app)
+    first = sender.job(0)
+    sender.limit(jobs_active=1)
+    refused = sender.send(0)
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (429, "false")
+    sender.limit()
+    assert sender.job(1) == first
+
+
+def test_a_refusal_of_another_request_doubles_nothing(app: FastAPI):
+    sender = Sender(app)
+    first = sender.job(0, seed=1)
+    sender.refused(seed=2)
+    assert sender.job(1, seed=1) == first
+    assert sender.job(1, seed=2) != first
+
+
+def test_a_retry_after_a_restart_or_at_another_process_doubles_nothing(app: FastAPI, tmp_path: Path):
+    """Marks in memory are lost, or older than what another process has done since."""
+    sender = Sender(app)
+    other = sender.another(tmp_path)
+    sender.refused()
+    first = sender.job(0)
+    assert sender.job(1, app=sender.another(tmp_path)) == first
+    sender.refused(app=other)
+    second = sender.job(0)
+    assert second != first
+    assert sender.job(1, app=other) == second
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_retry_after_a_commit_that_failed_is_done_once(app: FastAPI, kept: bool, monkeypatch: pytest.MonkeyPatch):
+    """Its client was told of a failure, whether or not the database has kept the work."""
+    sender, db = Sender(app), app.state.parts.db
+    first = sender.job(0)
+    whole = Database.write
+
+    @contextlib.contextmanager
+    def fails(self: Database, **options: Any) -> Iterator[Any]:
+        lost = OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+        with whole(self, **options) as session:
+            yield session
+            if not kept:
+                raise lost
+        raise lost
+
+    client_of(app).get("/v1/models")  # the note of the key's use is a write as well
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "write", fails)
+        assert sender.send(0).status_code == 503
+    again = sender.job(1)
+    assert again != first
+    assert sender.job(2) == again
+    with db.read() as session:
+        assert len(session.scalars(select(Job.id)).all()) == 2
 
 
 def test_metrics(app: FastAPI):

@@ -8,6 +8,7 @@ import io
 import threading
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -80,7 +81,7 @@ def test_an_upload_in_parts(client: OpenAI):
 def test_an_upload_is_what_it_says(client: OpenAI):
     upload = client.uploads.create(bytes=6, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     one, two = (client.uploads.parts.create(upload.id, data=data).id for data in (b"abc", b"def"))
-    for wrong in ([one], [one, one], [one, two, "part-" + "a" * 24]):
+    for wrong in ([one], [one, one, two], [one, two, "part-" + "a" * 24]):
         with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
             client.uploads.complete(upload.id, part_ids=wrong)
         assert caught.value.param == "part_ids"
@@ -93,6 +94,31 @@ def test_an_upload_is_what_it_says(client: OpenAI):
     other = client.uploads.create(bytes=6, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
     assert client.uploads.cancel(other.id).status == "cancelled"
     assert client.uploads.cancel(other.id).status == "cancelled"
+
+
+def test_equal_parts_of_which_one_was_sent_again(server: Server):
+    """The second's first attempt never arrived: its retry is taken for the first, and has its id."""
+    content = b"abcabc"
+    with server.client(server.tenant("equal", storage_bytes=12)) as client:
+        upload = client.uploads.create(bytes=6, filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+        one, two = (
+            client.uploads.parts.create(upload.id, data=b"abc", extra_headers={"x-stainless-retry-count": tries}).id
+            for tries in ("0", "1")
+        )
+        assert one == two
+        with pytest.raises(openai.BadRequestError, match="9 bytes together") as caught:
+            client.uploads.complete(upload.id, part_ids=[one, two, two])
+        assert caught.value.param == "part_ids"
+        other = client.files.create(file=("b.jsonl", b"1234567"), purpose="fine-tune")
+        with pytest.raises(openai.RateLimitError) as refused:  # the file is as long as all that it is made of
+            client.uploads.complete(upload.id, part_ids=[one, two])
+        assert refused.value.code == "storage_bytes"
+        client.files.delete(other.id)
+        done = client.uploads.complete(upload.id, part_ids=[one, two], md5=hashlib.md5(content).hexdigest())
+        assert done.file is not None
+        assert done.file.bytes == 6
+        assert client.files.content(done.file.id).read() == content
+        assert client.get("/holdtrue/usage", cast_to=httpx.Response).json()["storage_bytes"] == 6
 
 
 def test_parts_take_room_until_they_are_a_file(server: Server):
@@ -225,6 +251,21 @@ def test_a_bad_job_is_refused_with_its_field(client: OpenAI, file_id: str, chang
     assert len(list(client.fine_tuning.jobs.list())) == before
 
 
+def test_a_hyperparameter_that_is_none_says_what_it_should_be(client: OpenAI, file_id: str):
+    number = "Input should be 'auto' or a valid integer"
+    for name, value, expected in (
+        ("n_epochs", 0, "Input should be greater than or equal to 1"),
+        ("n_epochs", "3", number),
+        ("n_epochs", 1.0, number),
+        ("batch_size", 2.5, number),
+        ("learning_rate_multiplier", -1, "Input should be greater than 0"),
+        ("learning_rate_multiplier", "2", "Input should be 'auto' or a valid number"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.fine_tuning.jobs.create(model=BASE, training_file=file_id, hyperparameters={name: value})  # type: ignore[arg-type]
+        assert caught.value.body["message"] == f"Invalid value for 'hyperparameters.{name}': {expected}"  # type: ignore[index]
+
+
 def test_a_file_of_another_purpose_is_refused(client: OpenAI):
     other = client.files.create(file=("x.jsonl", b"{}"), purpose="user_data")
     with pytest.raises(openai.BadRequestError) as caught:
@@ -238,6 +279,20 @@ def test_a_file_in_use_stays(client: OpenAI, file_id: str):
         client.files.delete(file_id)
     assert caught.value.response.headers["x-should-retry"] == "false"
     client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_metadata_may_have_lines_and_tabs(server: Server, client: OpenAI, file_id: str):
+    value = 'first\tcolumn\r\nkzq8 {"event": "forged"}\x1b[31m'
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file_id, metadata={"note": value})
+    assert client.fine_tuning.jobs.retrieve(job.id).metadata == {"note": value}
+    assert [each.id for each in client.fine_tuning.jobs.list(metadata={"note": value})] == [job.id]
+    client.fine_tuning.jobs.cancel(job.id)
+    assert "kzq8" not in server.log.read_text()
+    for wrong in ('"nul \\u0000"', '"half \\ud800"'):
+        body = f'{{"model": "{BASE}", "training_file": "{file_id}", "metadata": {{"note": {wrong}}}}}'
+        headers = {"authorization": f"Bearer {server.key}", "content-type": "application/json"}
+        answer = httpx.post(f"{server.url}/fine_tuning/jobs", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata.note")
 
 
 def test_metadata_filters(server: Server, file_id: str):

@@ -265,6 +265,30 @@ def test_a_keys_life(server: Server):
     assert made["key"] not in json.dumps(audited)
 
 
+def test_no_key_makes_one_that_works_longer(server: Server):
+    url = f"{server.url}/holdtrue/keys"
+
+    def ask(key: str, path: str = "", **wish: object) -> dict[str, Any]:
+        return httpx.post(url + path, json=wish, headers={"authorization": f"Bearer {key}"}).json()
+
+    def admin(**wish: object) -> dict[str, Any]:
+        return ask(server.key, name="k", role="admin", **wish)
+
+    lasting, brief = admin(), admin(expires_in=60)
+    assert lasting["expires_at"] is None
+    for wish in ({}, {"expires_in": 600}):
+        assert ask(brief["key"], name="k", **wish)["expires_at"] == brief["expires_at"]
+        assert ask(lasting["key"], name="k", **wish)["expires_at"] != brief["expires_at"]
+    assert ask(brief["key"], f"/{lasting['id']}/rotate", grace=600)["expires_at"] == brief["expires_at"]
+    assert ask(brief["key"], f"/{brief['id']}/rotate", grace=30)["expires_at"] == brief["expires_at"]
+    with server.db.read() as session:
+        ends = session.get_one(ApiKey, brief["id"]).revoked_at
+    assert ask(brief["key"], name="k")["expires_at"] == ends  # it ends with its grace
+    ask(server.key, f"/{brief['id']}/rotate", grace=2_592_000)
+    with server.db.read() as session:
+        assert session.get_one(ApiKey, brief["id"]).revoked_at == ends
+
+
 def test_tables_with_an_owner_are_all_tried(owned: dict[str, str]):
     """Whoever adds a table that belongs to a tenant adds it here as well."""
     known = {

@@ -127,7 +127,7 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "next", "0004", None, None
+revision, down_revision, branch_labels, depends_on = "next", "0005", None, None
 
 def upgrade():
     with op.batch_alter_table("jobs") as table:
@@ -167,7 +167,7 @@ def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, lat
     lease = lease_a_job(db)
     before = rows(db)
     later(NEXT)
-    with pytest.raises(RunError, match="revision 0004"):
+    with pytest.raises(RunError, match="revision 0005"):
         migrations.check(db)
     migrations.upgrade(db)
     migrations.check(db)
@@ -176,7 +176,7 @@ def test_a_changed_table_keeps_its_rows_up_and_down_with_a_job_in_flight(db, lat
         assert session.scalars(text("SELECT priority FROM jobs")).all() == [5]
     assert lease.renew() == "run"
     before = rows(db)
-    migrations.downgrade(db, "0004")
+    migrations.downgrade(db, "0005")
     assert rows(db) == before
     assert lease.renew() == "run"
     with db.engine.connect() as connection:
@@ -232,7 +232,7 @@ def test_a_migration_that_fails_changes_nothing(db, later, fault):
     later(NEXT.replace("# after", fault))
     with pytest.raises((ValueError, RunError, IntegrityError)):
         migrations.upgrade(db)
-    assert migrations.current(db) == "0004"
+    assert migrations.current(db) == "0005"
     assert rows(db) == before
     assert "priority" not in {column["name"] for column in inspect(db.engine).get_columns("jobs")}
     assert lease.renew() == "run"

@@ -62,7 +62,7 @@ def test_the_list_pages_through_all_jobs_though_more_arrive(server: Server, visi
 
 
 def test_a_jobs_page_says_all_that_is_known_of_it(server: Server, visit):
-    job_id = new_job(server, suffix="tutor", seed=7, metadata={"team": "blue"})
+    job_id = new_job(server, suffix="tutor", seed=7, metadata={"team": "blue", "note": "a\tb\nc\x1b[31m"})
     for number in range(1, 6):
         trained.step(server, job_id, number)
     decision = trained.decided(server, job_id, "release")
@@ -71,7 +71,7 @@ def test_a_jobs_page_says_all_that_is_known_of_it(server: Server, visit):
     page = browser.get(f"/jobs/{job_id}").text
     shown = text_of(page)
     for part in (
-        "succeeded", "tutor", "team blue", "Seed 7", "1,234", "train.jsonl",
+        "succeeded", "tutor", "team blue", "note a b c[U+001B][31m", "Seed 7", "1,234", "train.jsonl",
         "0.2345", "0.201 to 0.268", "at most 0.1", "It fell too far.",
         "Be kind.", "How to live?", "3 of 100", "88",
         "0.61 [0.5, 0.72]", "−0.2345 [−0.27, −0.2]", "0.0421",

@@ -57,7 +57,8 @@ class KeyWithSecret(Key):
 
 
 class KeyCreate(schemas.Request):
-    """A key that is wished for. Another project than one's own is for the provider."""
+    """A key that is wished for. It ends with the key that makes it at the latest. Another project than one's own is for
+    the provider."""
 
     name: Name
     role: auth.Role = "member"
@@ -192,6 +193,12 @@ def _within(caller: Caller, role: str, scopes: list[Any]) -> None:
         raise ApiError(403, "A key may not do more than the one that makes it", param="role", code="beyond_own_rights")
 
 
+def _ends(session: Session, caller: Caller, wished: int | None) -> int | None:
+    """Nobody makes a key that works longer than their own."""
+    own = auth.end_of(session.get_one(ApiKey, caller.principal.key_id))
+    return min((end for end in (wished, own) if end is not None), default=None)
+
+
 @router.get("/keys", responses=responses())
 def list_keys(
     parts: PartsDep,
@@ -228,7 +235,7 @@ def create_key(body: KeyCreate, parts: PartsDep, caller: Admin) -> KeyWithSecret
             name=body.name,
             role=body.role,
             scopes=scopes,
-            expires_at=None if body.expires_in is None else now + body.expires_in,
+            expires_at=_ends(session, caller, None if body.expires_in is None else now + body.expires_in),
             now=now,
         )
         detail = {"role": row.role, "scopes": row.scopes, "project": row.project_id}
@@ -243,7 +250,8 @@ def rotate_key(key_id: str, body: KeyRotate, parts: PartsDep, caller: Admin) -> 
     with parts.db.write() as session:
         row = _key(session, caller, key_id)
         _within(caller, row.role, list(row.scopes))
-        new, secret = auth.rotate(session, row, now=now, grace=body.grace)
+        end = _ends(session, caller, row.expires_at)
+        new, secret = auth.rotate(session, row, now=now, grace=body.grace, expires_at=end)
         audit.add(session, caller.principal.key_id, "key.rotate", row.id, now=now, detail={"new": new.id})
         return KeyWithSecret(**wire_key(new), key=secret)
 

@@ -127,7 +127,7 @@ class _Exchange:
                     tokens[event.choice] += event.tokens
                     ends[event.choice] = event.finish
         except ChatError as error:
-            raise _told(error) from error
+            raise _told(error, self._body) from error
         return ChatCompletion(
             **self._head,
             choices=[
@@ -159,8 +159,8 @@ class _Exchange:
             yield chunks.closing(self._used())  # whoever has read this finds the tokens on the account
         except ChatError as error:
             if not started:
-                raise _told(error) from error
-            yield f"data: {json.dumps({'error': _told(error).detail.model_dump()})}\n\n"
+                raise _told(error, self._body) from error
+            yield f"data: {json.dumps({'error': _told(error, self._body).detail.model_dump()})}\n\n"
 
     @contextlib.asynccontextmanager
     async def _events(self) -> AsyncIterator[AsyncIterator[Delta]]:
@@ -197,13 +197,15 @@ class _Exchange:
                 quotas.add(session, self._caller.project_id, "chat_tokens", tokens, now=clock.now())
 
 
-def _told(error: ChatError) -> ApiError:
+def _told(error: ChatError, body: ChatBody) -> ApiError:
     """Return what a customer is told; of what is not theirs to mend only that it failed."""
+    newer = error.param == "max_tokens" and body.max_completion_tokens is not None
+    param = "max_completion_tokens" if newer else error.param  # as it was asked for: engines know one name
     match error.fault:
         case "invalid":
-            return invalid(str(error), error.param)
+            return invalid(str(error), param)
         case "context":
-            return invalid(str(error), error.param, "context_length_exceeded")
+            return invalid(str(error), param, "context_length_exceeded")
         case "busy":
             headers = {"retry-after": str(RETRY_SECONDS)}
             return ApiError(429, str(error), type="requests", code="engine_overloaded", headers=headers)

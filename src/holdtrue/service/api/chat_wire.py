@@ -37,11 +37,26 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 Content = Annotated[StrictStr, Field(max_length=2**22)]
 
 
+class CacheBreakpoint(schemas.Request):
+    """A hint for a cache, as OpenAI has it."""
+
+    mode: Literal["explicit"]
+    ttl: Literal["30m", "12h"] | None = None
+
+
+class CacheOptions(schemas.Request):
+    """Hints for a cache, as OpenAI has them."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m"] | None = None
+
+
 class TextPart(schemas.Request):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: Content
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
 
 
 class ChatMessage(schemas.Request):
@@ -90,6 +105,7 @@ class ChatBody(schemas.Request):
     safety_identifier: Content | None = None
     prompt_cache_key: Content | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    prompt_cache_options: CacheOptions | None = None
     metadata: schemas.Metadata | None = None
     parallel_tool_calls: StrictBool | None = None
     # Refused unless NEUTRAL has their value.

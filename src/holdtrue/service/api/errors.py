@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from holdtrue.service.store.database import trouble
 
 INVALID = "invalid_request_error"
 _LONGEST = 300
+_BRANCH = re.compile(r"[^\w]")
+"""In the name of a union's branch, and in no name of a field: "literal['auto']", "constrained-int", "list[…]"."""
 _NO_ROOM = "The service has no room left at the moment"
 
 
@@ -146,7 +149,7 @@ def _unavailable(message: str) -> ApiError:
 
 
 def _of_validation(found: Sequence[Any]) -> ApiError:
-    first = found[0]
+    first, told = _closest(found)
     kind, loc = first["type"], [str(part) for part in first["loc"] if not isinstance(part, int)]
     where, path = (loc[0], loc[1:]) if loc else ("body", [])
     # A union's branches stand in the location as well: "tagged-union[…]", "literal['auto']", "int".
@@ -159,8 +162,33 @@ def _of_validation(found: Sequence[Any]) -> ApiError:
         return invalid(f"Unrecognized request argument supplied: {clean(param or '')}", param, "unknown_parameter")
     if kind == "missing":
         return invalid(f"Missing required parameter: '{param}'", param, "missing_required_parameter")
-    message = first["msg"].removeprefix("Value error, ")
-    return invalid(f"Invalid value for '{param}': {message}", param, "invalid_value")
+    return invalid(f"Invalid value for '{param}': {told}", param, "invalid_value")
+
+
+def _closest(found: Sequence[Any]) -> tuple[Any, str]:
+    """Return the first error and its message; of a union, that of the branch whose type the value has."""
+    first = found[0]
+    depth = next((at for at, part in enumerate(first["loc"]) if isinstance(part, str) and _BRANCH.search(part)), None)
+    if depth is None:
+        return first, _message(first)
+    branches: dict[Any, Any] = {}  # the first error of each
+    for error in found:
+        if len(error["loc"]) > depth and error["loc"][:depth] == first["loc"][:depth]:
+            branches.setdefault(error["loc"][depth], error)
+    for error in branches.values():
+        if len(error["loc"]) > depth + 1 or not error["type"].endswith(("_type", "literal_error")):
+            return error, _message(error)
+    start = "Input should be "
+    return first, start + " or ".join(dict.fromkeys(each["msg"].removeprefix(start) for each in branches.values()))
+
+
+def _message(error: Any) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "Input should be an object"  # pydantic's message speaks of Python
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        return f"{message}, and not '{clean(error['input'], 80)}'"
+    return message
 
 
 def _of_http(error: HTTPException) -> ApiError:

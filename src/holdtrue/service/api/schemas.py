@@ -25,6 +25,13 @@ def plain(text: str) -> str:
 Plain = Annotated[StrictStr, AfterValidator(plain)]
 
 
+def storable(text: str) -> str:
+    """Refuse what no database takes: NUL, and halves of a character."""
+    if any(letter == "\0" or unicodedata.category(letter) == "Cs" for letter in text):
+        raise ValueError("NUL and lone surrogates are not allowed")
+    return text
+
+
 class Answer(BaseModel):
     """Root of what is answered."""
 
@@ -187,7 +194,7 @@ class Integration(Request):
 
 
 MetadataKey = Annotated[Plain, Field(min_length=1, max_length=64)]
-MetadataValue = Annotated[Plain, Field(max_length=512)]
+MetadataValue = Annotated[StrictStr, AfterValidator(storable), Field(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 
 

@@ -147,7 +147,10 @@ def _store_part(upload_id: str, request: Request, parts: Parts, caller: Caller, 
 def complete_upload(
     upload_id: str, body: schemas.UploadComplete, parts: PartsDep, caller: FilesWrite
 ) -> schemas.Upload:
-    """Make a file of the parts, in the order given. Asked again, it answers the same."""
+    """Make a file of the parts, in the order given. Asked again, it answers the same.
+
+    A part may be named more than once: equal parts may have one id, where one of them was sent again.
+    """
     with parts.db.read() as session:
         row = _get(session, caller.project_id, upload_id)
         if row.status == "completed":
@@ -159,8 +162,6 @@ def complete_upload(
     for part_id in body.part_ids:
         if part_id not in known:
             raise not_found("part", part_id, param="part_ids")
-    if len(set(body.part_ids)) != len(body.part_ids):
-        raise invalid("part_ids names a part twice", "part_ids")
     total = sum(known[part_id].bytes for part_id in body.part_ids)
     if total != expected:
         raise invalid(f"The parts have {total} bytes together, and the upload was to have {expected}", "part_ids")

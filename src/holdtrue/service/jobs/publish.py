@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import HoldtrueError
@@ -343,6 +343,7 @@ def _model(
 
 
 def _sign(session: Session, job: Job, model: Model, statement: Mapping[str, Any], signer: CryptoSigner) -> None:
+    last = session.scalar(select(func.max(Receipt.created_at)).where(Receipt.model_id == model.id))
     session.add(
         Receipt(
             id=ids.new("receipt"),
@@ -350,7 +351,7 @@ def _sign(session: Session, job: Job, model: Model, statement: Mapping[str, Any]
             model_id=model.id,
             adapter_digest=str(model.adapter_digest),
             envelope=signing.sign(statement, signer),
-            created_at=clock.now(),
+            created_at=max(clock.now(), 0 if last is None else last + 1),  # the newest is the one that holds
         )
     )
 

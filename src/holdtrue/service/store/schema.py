@@ -397,6 +397,7 @@ class IdempotentRequest(Base):
     status_code: Mapped[int | None] = mapped_column(Integer)  # None: still being worked on
     body: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[int] = mapped_column(BigInteger, index=True)
+    done_at: Mapped[int] = mapped_column(BigInteger, server_default="0")  # in microseconds
 
 
 class Usage(Base):
