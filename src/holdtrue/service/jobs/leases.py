@@ -147,8 +147,8 @@ def _give_up(session: Session, job: Job) -> None:
         lifecycle.move(session, job, "running", "The job is running")
     error = {
         "code": "server_error",
-        "message": f"the job was begun {job.tries} times, and its worker died each time before it got any further; "
-        "nothing was released",
+        "message": f"the job was begun {job.tries} times, and its worker died or failed each time before it got "
+        "any further; nothing was released",
         "param": None,
     }
     lifecycle.move(session, job, "failed", error["message"] or "", error=error, level="error")

@@ -14,10 +14,20 @@ from typing import Any, NamedTuple
 import structlog
 from sqlalchemy import select
 
-from holdtrue.errors import DataError, HoldtrueError, Interrupted, NeedError, RunError, ScreenError, SpecError
+from holdtrue.errors import (
+    DataError,
+    HoldtrueError,
+    Interrupted,
+    NeedError,
+    OutcomeError,
+    RunError,
+    ScreenError,
+    SpecError,
+)
 from holdtrue.models.digest import file_digest
 from holdtrue.runs import Control, Run, RunSpec, execute
 from holdtrue.runs import files as run_files
+from holdtrue.service import clock
 from holdtrue.service.evidence import signing
 from holdtrue.service.jobs import events, leases, lifecycle, snapshot
 from holdtrue.service.jobs.holding import Held
@@ -241,6 +251,9 @@ class Worker:
         with contextlib.suppress(LeaseLostError), lease.write() as (session, job):
             if told is None:
                 lifecycle.move(session, job, "queued", "A worker failed; the job is tried again", level="warn")
+                if job.tries > 1:  # not at once again and again: what is short, such as memory, needs time
+                    wait = min(FAILED_SECONDS * 2 ** (job.tries - 2), leases.LONGEST_WAIT)
+                    job.lease_until = clock.shared(session) + wait
             else:
                 text = f"The job failed: {told['message']}"
                 lifecycle.move(session, job, "failed", text, error=told, level="error")
@@ -309,7 +322,7 @@ def _waits_for(error: Exception) -> str | None:
     return None
 
 
-class _CustomerError(RunError):
+class _CustomerError(OutcomeError):
     def __init__(self, param: str, message: str, code: str) -> None:
         self.param, self.code = param, code
         super().__init__(message)
@@ -334,6 +347,6 @@ def _told(error: Exception) -> dict[str, Any] | None:
     if isinstance(error, NeedError | SpecError):
         text = "the provider's policy cannot be carried out on this job: " + message
         return {"code": "policy_error", "message": text, "param": None}
-    if isinstance(error, RunError):
+    if isinstance(error, OutcomeError):  # other ``RunError``s are of a host: a model that does not fit, a damaged file
         return {"code": "training_error", "message": message, "param": None}
     return None
