@@ -130,7 +130,7 @@ def charge_training(session: Session, job: Job, tokens: int, *, now: int) -> Non
     """Add to the usage of a job's project what the job has trained and not been charged for yet.
 
     Args:
-        session: of a transaction in which the job is locked.
+        session: of a transaction in which the job is locked, and before it its project.
         tokens: that its training under way has trained so far; those before it are in ``job.trained_tokens``. Steps
             that another worker trains again count once.
     """
@@ -177,8 +177,9 @@ def lock_project(session: Session, project_id: str) -> None:
 
     Transactions wait for each other in one order, so that no two do so in a circle: projects (several by their ids),
     kept answers, files, uploads and their parts, models, gate decisions, states, jobs, browsers' sessions, keys, and at
-    last the audit log. Who needs several locks takes them in this order, or passes over what is locked. A worker begins
-    with its job, and those who come from the project leave jobs under way alone.
+    last the audit log. Who needs several locks takes them in this order, or passes over what is locked. To add a row
+    that names a project (a file, a model, the day's first usage) locks it too. A worker takes its project where it adds
+    such rows, and next its job: the rest of a job under way is left alone by those who come from the project.
     """
     session.get_one(Project, project_id, with_for_update=True)
 

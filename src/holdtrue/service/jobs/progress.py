@@ -79,7 +79,7 @@ class Reporter:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        with self._lease.write() as (session, job):
+        with self._lease.write(project=True) as (session, job):
             for fields in self._waiting:
                 step = fields["step"]
                 events.add(
