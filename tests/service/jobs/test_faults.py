@@ -129,6 +129,20 @@ def test_killed_anywhere_equals_undisturbed(house, point):
     assert story(house, job_id) == story(house, plain)
 
 
+@pytest.mark.parametrize(("when", "call"), [("after", 1), ("before", 2), ("after", 2)])
+def test_killed_around_a_validation_equals_undisturbed(house, when, call):
+    validation = house.file(ROWS[:5])
+    plain, job_id = (house.job(validation_file=validation) for _ in range(2))
+    house.dispatch()
+    house.work()
+    killed(house, "worker", ("holdtrue.training.trainer:DefendedTrainer.evaluate", when, call))
+    expire(house, job_id)
+    assert Worker(other_host(house), db=house.db, blobs=house.blobs).work_one()
+    assert house.get(job_id).status == "succeeded"
+    assert house.visible(job_id) == house.visible(plain)
+    assert story(house, job_id) == story(house, plain)
+
+
 LONG = b"".join(json.dumps(row).encode() + b" " * 100_000 + b"\n" for row in ROWS)
 """Rows of more than the one piece in which content is copied."""
 
