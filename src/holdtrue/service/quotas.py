@@ -160,16 +160,30 @@ def jobs_active(session: Session, project_id: str) -> int:
 
 def check_tokens(session: Session, project_id: str, limits: Limits, *, now: int) -> None:
     """Refuse what would use tokens once the day's are used up (``QuotaError``)."""
-    used = used_today(session, project_id, now=now)
-    tokens = used.get("training_tokens", 0) + used.get("chat_tokens", 0)
-    if tokens >= limits.tokens_per_day:
-        left = 86_400 - now % 86_400
-        raise QuotaError(
-            "tokens_per_day",
-            f"the project's {limits.tokens_per_day} tokens of today are used up; more are there in "
-            f"{math.ceil(left / 3600)} hours (UTC midnight)",
-            left,
+    if _tokens_left(session, project_id, limits, now) <= 0:
+        raise _tokens_error(f"the project's {limits.tokens_per_day} tokens of today are used up", now)
+
+
+def check_training(session: Session, project_id: str, limits: Limits, tokens: int, *, now: int) -> None:
+    """Refuse to train more tokens than are left of the day's (``QuotaError``); jobs under way are not added up."""
+    left = max(0, _tokens_left(session, project_id, limits, now))
+    if tokens > left:
+        raise _tokens_error(
+            f"the job would train {tokens} tokens, and {left} of the project's {limits.tokens_per_day} are left today",
+            now,
         )
+
+
+def _tokens_left(session: Session, project_id: str, limits: Limits, now: int) -> int:
+    used = used_today(session, project_id, now=now)
+    return limits.tokens_per_day - used.get("training_tokens", 0) - used.get("chat_tokens", 0)
+
+
+def _tokens_error(what: str, now: int) -> QuotaError:
+    left = 86_400 - now % 86_400
+    return QuotaError(
+        "tokens_per_day", f"{what}; more are there in {math.ceil(left / 3600)} hours (UTC midnight)", left
+    )
 
 
 def lock_project(session: Session, project_id: str) -> None:

@@ -465,11 +465,11 @@ def test_a_workers_disk_that_is_full_gives_the_job_back(house, monkeypatch):
 def test_a_worker_that_fails_for_a_reason_of_its_own_costs_a_try(house, monkeypatch, error):
     job_id, inner, failures = house.job(), worker.execute, []
 
-    def execute(run, control):
+    def execute(run, control, **options):
         if len(failures) < 2:
             failures.append(1)
             raise error
-        return inner(run, control)
+        return inner(run, control, **options)
 
     house.dispatch()
     monkeypatch.setattr(worker, "execute", execute)
