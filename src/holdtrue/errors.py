@@ -17,6 +17,10 @@ class RunError(HoldtrueError, RuntimeError):
     """A stage failed while running: a full disk, a corrupt checkpoint, a folder that holds another spec."""
 
 
+class OutcomeError(RunError):
+    """A run came to what cannot go on or pass: training diverged, a bound was not held. Again it ends the same."""
+
+
 class SpecError(HoldtrueError, ValueError):
     """The command or the spec cannot be understood."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import TrainerControl, TrainerState
 
 from holdtrue.training.fitting import _Recorder
@@ -69,6 +70,29 @@ def test_a_summary_is_of_all_steps_also_of_earlier_sittings(train):
     assert {key: summary[key] for key in expected} == expected
 
 
+def test_the_validation_loss_is_measured_at_each_epochs_end_before_its_checkpoint(train):
+    settings = {"epochs": 3, "save_epochs": True, "save_every": 12}
+    plain, _, _ = train(["kl"], name="plain", **settings)
+    told, stop, rows = [], Event(), small_rows(9, seed=5)
+
+    def halt(record: dict[str, Any]) -> None:
+        if "eval_loss" in record:
+            told.append((record["step"], record["steps"], record["eval_loss"]))
+        if record["step"] == 11:  # the next one ends an epoch, and is the last of this sitting
+            stop.set()
+
+    whole, _, there = train(["kl"], name="whole", validation=rows, **settings)
+    for _ in range(2):
+        stop.clear()
+        parts, _, here = train(["kl"], name="parts", validation=rows, stop=stop, progress=halt, **settings)
+    measured = [[(r["step"], 36, r["eval_loss"]) for r in lines(f) if "eval_loss" in r] for f in (there, here)]
+    assert [step for step, _, _ in told] == [12, 24, 36]
+    assert measured[0] == measured[1] == told
+    for model in (whole, parts):
+        for name, weights in plain.state_dict().items():
+            assert torch.equal(model.state_dict()[name], weights)
+
+
 def test_checkpoints_do_not_grow_with_the_steps(train):
     _, _, folder = train(["kl"], epochs=3, validation=small_rows(9, seed=5), eval_every=2)
     kept = [json.loads((c / "trainer_state.json").read_text()) for c in checkpoints(folder / "checkpoints")]
@@ -77,7 +101,7 @@ def test_checkpoints_do_not_grow_with_the_steps(train):
 
 
 def test_what_is_held_in_memory_does_not_grow_with_the_steps(tmp_path: Path):
-    recorder = _Recorder(tmp_path / "metrics.jsonl", 0, None, None, True, False)
+    recorder = _Recorder(tmp_path / "metrics.jsonl", 0, None, None, True, False, False)
     state, sizes = TrainerState(max_steps=3000), []
     for step in range(1, 2001):
         state.global_step = step

@@ -14,7 +14,7 @@ from holdtrue.data import resolve_data
 from holdtrue.defenses.base import Defense, Needs, RunContext, Work, WorkContext
 from holdtrue.defenses.dual_ascent import Dual, DualAscent
 from holdtrue.defenses.runtime import Runtime, StartContext
-from holdtrue.errors import NeedError, RunError
+from holdtrue.errors import NeedError, OutcomeError
 from holdtrue.models.digest import file_digest
 
 
@@ -161,7 +161,7 @@ class _Holder(Runtime):
             "more often (every), add a defense, or train less"
         )
         if self._defense.on_violation == "stop":
-            raise RunError(text)
+            raise OutcomeError(text)
         return notes | {"warning": text}
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class _Holder(Runtime):
     def _finite(self, *, reference: bool, step: int) -> float:
         margin = self._measure(reference)
         if not math.isfinite(margin):
-            raise RunError(
+            raise OutcomeError(
                 f"adaptive: the margin on {self._defense.probe} is {margin} at step {step}, so that the drift is not "
                 "known: lower the learning rate, or look at the probe's rows"
             )

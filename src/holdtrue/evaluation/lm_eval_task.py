@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from holdtrue.errors import RunError, SpecError
+from holdtrue.errors import OutcomeError, RunError, SpecError
 from holdtrue.scoring import scoring_mode
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _primary(
         )
     key = ranked[0]
     if not math.isfinite(figures[key]):
-        raise RunError(f"task {task!r} gave {key} = {figures[key]}: the model's scores are not numbers")
+        raise OutcomeError(f"task {task!r} gave {key} = {figures[key]}: the model's scores are not numbers")
     name, _, answer_filter = key.partition(",")
     stderr = results.get(f"{name}_stderr,{answer_filter}")
     if not isinstance(stderr, (int, float)) or not math.isfinite(stderr):

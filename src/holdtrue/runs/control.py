@@ -21,7 +21,8 @@ class Control:
 
     Attributes:
         progress: called with ``stage`` and what that stage tells (training: ``step``, ``steps``, ``loss``,
-            ``tokens_per_second``, ``seconds_left``; others: ``done`` and, where known, ``total``).
+            ``tokens_per_second``, ``seconds_left``, and ``eval_loss`` in place of ``loss`` where the validation rows
+            were measured; others: ``done`` and, where known, ``total``).
         stop: set by whoever wants the run to save and stop.
     """
 

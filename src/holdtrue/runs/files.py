@@ -15,6 +15,8 @@ from holdtrue.errors import RunError
 
 _DISK_FULL = "the disk is full"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TORCH = ("pytorchstreamwriter", "unexpected pos")
+"""What torch says, in place of the system's text, where a file that it writes takes no more."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -107,7 +109,8 @@ def is_disk_full(error: BaseException) -> bool:
         if isinstance(seen, OSError) and seen.errno in FULL:
             return True
         # Writers in compiled code (safetensors, Arrow) raise types of their own with the system's text.
-        if any(os.strerror(code).lower() in str(seen).lower() for code in FULL):
+        texts = (*_TORCH, *(os.strerror(code).lower() for code in FULL))
+        if any(text in str(seen).lower() for text in texts):
             return True
     return False
 

@@ -133,7 +133,7 @@ def charge_training(session: Session, job: Job, tokens: int, *, now: int) -> Non
     """Add to the usage of a job's project what the job has trained and not been charged for yet.
 
     Args:
-        session: of a transaction in which the job is locked.
+        session: of a transaction in which the job is locked, and before it its project.
         tokens: that its training under way has trained so far; those before it are in ``job.trained_tokens``. Steps
             that another worker trains again count once.
     """
@@ -163,16 +163,30 @@ def jobs_active(session: Session, project_id: str) -> int:
 
 def check_tokens(session: Session, project_id: str, limits: Limits, *, now: int) -> None:
     """Refuse what would use tokens once the day's are used up (``QuotaError``)."""
-    used = used_today(session, project_id, now=now)
-    tokens = used.get("training_tokens", 0) + used.get("chat_tokens", 0)
-    if tokens >= limits.tokens_per_day:
-        left = 86_400 - now % 86_400
-        raise QuotaError(
-            "tokens_per_day",
-            f"the project's {limits.tokens_per_day} tokens of today are used up; more are there in "
-            f"{math.ceil(left / 3600)} hours (UTC midnight)",
-            left,
+    if _tokens_left(session, project_id, limits, now) <= 0:
+        raise _tokens_error(f"the project's {limits.tokens_per_day} tokens of today are used up", now)
+
+
+def check_training(session: Session, project_id: str, limits: Limits, tokens: int, *, now: int) -> None:
+    """Refuse to train more tokens than are left of the day's (``QuotaError``); jobs under way are not added up."""
+    left = max(0, _tokens_left(session, project_id, limits, now))
+    if tokens > left:
+        raise _tokens_error(
+            f"the job would train {tokens} tokens, and {left} of the project's {limits.tokens_per_day} are left today",
+            now,
         )
+
+
+def _tokens_left(session: Session, project_id: str, limits: Limits, now: int) -> int:
+    used = used_today(session, project_id, now=now)
+    return limits.tokens_per_day - used.get("training_tokens", 0) - used.get("chat_tokens", 0)
+
+
+def _tokens_error(what: str, now: int) -> QuotaError:
+    left = 86_400 - now % 86_400
+    return QuotaError(
+        "tokens_per_day", f"{what}; more are there in {math.ceil(left / 3600)} hours (UTC midnight)", left
+    )
 
 
 def lock_project(session: Session, project_id: str) -> None:
@@ -180,8 +194,9 @@ def lock_project(session: Session, project_id: str) -> None:
 
     Transactions wait for each other in one order, so that no two do so in a circle: projects (several by their ids),
     kept answers, files, uploads and their parts, models, gate decisions, states, jobs, browsers' sessions, keys, and at
-    last the audit log. Who needs several locks takes them in this order, or passes over what is locked. A worker begins
-    with its job, and those who come from the project leave jobs under way alone.
+    last the audit log. Who needs several locks takes them in this order, or passes over what is locked. To add a row
+    that names a project (a file, a model, the day's first usage) locks it too. A worker takes its project where it adds
+    such rows, and next its job: the rest of a job under way is left alone by those who come from the project.
     """
     session.get_one(Project, project_id, with_for_update=True)
 

@@ -59,7 +59,8 @@ def fit(
         spec: the settings.
         defenses: the run's defenses.
         folder: gets ``checkpoints/`` and ``metrics.jsonl``.
-        progress: called after each optimizer step with its metrics, ``step``, ``steps`` and ``seconds_left``.
+        progress: called after each optimizer step with its metrics, ``step``, ``steps`` and ``seconds_left``, and with
+            those of the validation rows (``eval_loss``, no ``loss``) after they were measured.
         resume: go on from the last whole checkpoint where there is one.
         stop: once set, the run saves a checkpoint after the step in hand and returns.
         reference_cache: where the reference's states are kept and looked up.
@@ -113,7 +114,13 @@ def fit(
     start_step = int(saved[-1].name.rsplit("-", 1)[1]) if saved else 0
     main = int(os.environ.get("RANK", "0")) == 0
     recorder = _Recorder(
-        folder / "metrics.jsonl" if main else None, start_step, progress, stop, device.type == "cpu", spec.save_epochs
+        folder / "metrics.jsonl" if main else None,
+        start_step,
+        progress,
+        stop,
+        device.type == "cpu",
+        spec.save_epochs,
+        validation is not None,
     )
     trainer = DefendedTrainer(
         model,
@@ -222,8 +229,9 @@ class _Recorder(TrainerCallback):
         stop: Event | None,
         on_cpu: bool,
         epochs: bool,
+        validates: bool,
     ) -> None:
-        self._epochs = epochs
+        self._epochs, self._validates = epochs, validates
         self._path, self._progress, self._stop, self._on_cpu = path, progress, stop, on_cpu
         self._cpu = self._to_begin = 0.0
         self._started, self._first = time.perf_counter(), start_step
@@ -254,7 +262,7 @@ class _Recorder(TrainerCallback):
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self._totals.add(record)
-        if self._progress is not None and "loss" in logs:
+        if self._progress is not None:
             done = state.global_step - self._first
             each = (time.perf_counter() - self._started) / max(1, done)
             left = (state.max_steps - state.global_step) * each
@@ -264,13 +272,10 @@ class _Recorder(TrainerCallback):
         if self._stop is not None and self._stop.is_set() and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
-        return control
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if not self._epochs:
-            return control
-        there = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.global_step < state.max_steps and not there.exists():
+        ended = abs(state.epoch - round(state.epoch)) < 1e-9
+        if self._epochs and ended and state.global_step < state.max_steps:
+            # In one go: the Trainer measures first, so that who goes on from the checkpoint has the figures.
+            control.should_evaluate = control.should_evaluate or self._validates
             control.should_save = True
         return control
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from holdtrue.data.batching import each_of_kind
 from holdtrue.data.chat import KINDS
 from holdtrue.defenses import Defense, GradientContext, LossDefense, Needs, PairGradient, PairTerm
-from holdtrue.errors import NeedError, RunError
+from holdtrue.errors import NeedError, OutcomeError
 from holdtrue.models import causal_lm, decoder_blocks
 from holdtrue.models.layers import peft_model
 from holdtrue.scoring import final_hidden, output_head, scoring_mode
@@ -78,7 +78,8 @@ class DefenseMixin(RuntimeMixin):
     Raises:
         NeedError: the model has no LoRA adapter, or its output head is trainable; or there is no row of a kind that a
             defense holds.
-        RunError: the model computes its logits in a way that is not known; or, while training, it diverged.
+        RunError: the model computes its logits in a way that is not known; or, while training, it diverged
+            (``OutcomeError``).
     """
 
     def __init__(
@@ -282,7 +283,7 @@ class DefenseMixin(RuntimeMixin):
         self.step_metrics |= context.metrics
         if not all(map(math.isfinite, self.step_metrics.values())):
             bad = [n for n, v in self.step_metrics.items() if not math.isfinite(v)]
-            raise RunError(
+            raise OutcomeError(
                 f"training diverged at step {self.state.global_step + 1}: {', '.join(bad)} is not finite. "
                 "Lower the learning rate or the weights, or look for broken rows"
             )

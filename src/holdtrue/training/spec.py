@@ -38,8 +38,8 @@ class TrainingSpec(BaseModel):
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
         save_every: optimizer steps between checkpoints.
-        save_epochs: whether there is a checkpoint at each epoch's end as well.
-        eval_every: optimizer steps between measurements of the validation loss; 0 measures at the end only.
+        save_epochs: whether there is a checkpoint, and the validation loss is measured, at each epoch's end as well.
+        eval_every: optimizer steps between measurements of the validation loss, which is measured at the end anyway.
         kl_every: optimizer steps between measurements of the KL to the reference where no defense pays for one;
             0 turns them off.
         reference_cache: GiB on disk for the frozen reference's states, kept for later epochs and for other runs on the

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from holdtrue.service.store.schema import (
     UploadPart,
     WebSession,
 )
-from house import until_waiting
+from house import House, until_waiting
 
 from .conftest import BASE, ROW
 
@@ -301,3 +302,29 @@ def test_an_erasure_and_a_sweep_at_once_both_end(tenant: Tenant, monkeypatch: py
         tenant.erase()
         assert sweeps[0].result(60).files == 0
     assert remains(tenant) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "status"), [("service.quotas.charge_training", 200), ("service.jobs.publish._decide", 400)]
+)
+def test_a_worker_and_a_request_take_project_and_job_in_one_order(
+    house: House, monkeypatch: pytest.MonkeyPatch, where: str, status: int
+):
+    """A job is paused while its worker tells of the first steps, the first of the day, or while it publishes."""
+    house.settings = house.settings.model_copy(update={"lease_seconds": 120.0})  # nobody renews it meanwhile
+    job_id, client, answers = house.job(), house.api(), list[Future[httpx.Response]]()
+    house.dispatch()
+    inner = pkgutil.resolve_name(f"holdtrue.{where}")
+
+    def meanwhile(*args: Any, **options: Any) -> None:
+        if not answers:
+            answers.append(pool.submit(client.post, f"/v1/fine_tuning/jobs/{job_id}/pause"))
+            until_waiting(house.db, answers[0])
+        inner(*args, **options)
+
+    monkeypatch.setattr(f"holdtrue.{where}", meanwhile)
+    with ThreadPoolExecutor(1) as pool:
+        house.work()
+    assert answers[0].result(60).status_code == status
+    assert not any("does not answer" in text for text in house.messages(job_id))
+    assert house.get(job_id).status == "succeeded"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
+from holdtrue.errors import RunError
 from holdtrue.service import clock
 from holdtrue.service.jobs import leases, publish, worker
 from holdtrue.service.jobs.dispatcher import Dispatcher
@@ -29,7 +31,9 @@ from holdtrue.service.serve import environment
 from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store import retention
 from holdtrue.service.store.schema import File, Job, JobEvent, JobState, Model
+from holdtrue.training.trainer import DefendedTrainer
 from house import ROWS
+from small_disk import fill, mounted
 
 from ..api.conftest import BASE, ROW, settings_of, start, stop
 
@@ -121,6 +125,20 @@ def test_killed_anywhere_equals_undisturbed(house, point):
     assert bool(house.all(Model, job_id)) == at_once  # nothing half-visible
     expire(house, job_id)
     assert Worker(other_host(house), db=house.db, blobs=house.blobs).work_one() != at_once
+    assert house.visible(job_id) == house.visible(plain)
+    assert story(house, job_id) == story(house, plain)
+
+
+@pytest.mark.parametrize(("when", "call"), [("after", 1), ("before", 2), ("after", 2)])
+def test_killed_around_a_validation_equals_undisturbed(house, when, call):
+    validation = house.file(ROWS[:5])
+    plain, job_id = (house.job(validation_file=validation) for _ in range(2))
+    house.dispatch()
+    house.work()
+    killed(house, "worker", ("holdtrue.training.trainer:DefendedTrainer.evaluate", when, call))
+    expire(house, job_id)
+    assert Worker(other_host(house), db=house.db, blobs=house.blobs).work_one()
+    assert house.get(job_id).status == "succeeded"
     assert house.visible(job_id) == house.visible(plain)
     assert story(house, job_id) == story(house, plain)
 
@@ -413,3 +431,65 @@ def test_a_full_disk_gives_the_job_back_and_says_so(house, monkeypatch):
     assert house.get(job_id).status == "succeeded"
     steps = [e.data["step"] for e in house.all(JobEvent, job_id) if e.type == "metrics"]
     assert steps == sorted(set(steps))
+
+
+def test_a_workers_disk_that_is_full_gives_the_job_back(house, monkeypatch):
+    """Torch has words of its own for a disk that has room for the adapter, and none for the optimizer's state."""
+    monkeypatch.setattr(worker, "FAILED_SECONDS", 0.0)
+    plain = house.job()
+    house.dispatch()
+    house.work()
+    job_id, work = house.job(), house.settings.home / "work"
+    house.dispatch()
+    shutil.rmtree(work)
+    inner, filled = DefendedTrainer._save_optimizer_and_scheduler, []
+
+    def full(self, folder):
+        if not filled:
+            filled.append(fill(work))
+        inner(self, folder)
+
+    monkeypatch.setattr(DefendedTrainer, "_save_optimizer_and_scheduler", full)
+    with mounted(work, "64m"):
+        assert house.work()
+        job = house.get(job_id)
+        assert (job.status, job.tries, job.error) == ("queued", 0, None)
+        assert house.messages(job_id)[-1] == "The service's storage is full; the job goes on when there is room"
+        assert not any("MiB" in text or "/" in text.replace("/6:", "") for text in house.messages(job_id))
+        filled[0].unlink()
+        assert house.work()
+    assert house.visible(job_id) == house.visible(plain)
+
+
+@pytest.mark.parametrize("error", [RunError("the model cannot be loaded: out of memory"), MemoryError()], ids=str)
+def test_a_worker_that_fails_for_a_reason_of_its_own_costs_a_try(house, monkeypatch, error):
+    job_id, inner, failures = house.job(), worker.execute, []
+
+    def execute(run, control, **options):
+        if len(failures) < 2:
+            failures.append(1)
+            raise error
+        return inner(run, control, **options)
+
+    house.dispatch()
+    monkeypatch.setattr(worker, "execute", execute)
+    for tries in (1, 2):
+        assert house.work()
+        job = house.get(job_id)
+        assert (job.status, job.tries, job.error) == ("queued", tries, None)
+    assert not any("memory" in text for text in house.messages(job_id))
+    assert not house.work()  # left alone for a while
+    with house.db.write() as session:
+        session.get_one(Job, job.seq).lease_until = None
+    assert house.work()
+    assert house.get(job_id).status == "succeeded"
+
+
+def test_training_that_diverges_fails_its_job_at_once(house):
+    house.policy(training={"learning_rate": 1e30, "micro_batch_size": 2, "max_length": 128, "warmup_steps": 0})
+    job_id = house.job()
+    house.dispatch()
+    assert house.work()
+    job = house.get(job_id)
+    assert (job.status, job.error["code"]) == ("failed", "training_error")
+    assert "diverged" in job.error["message"]

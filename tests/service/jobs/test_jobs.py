@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import threading
 import time
@@ -15,7 +16,8 @@ from holdtrue.service.evidence import signing
 from holdtrue.service.jobs import lifecycle, snapshot
 from holdtrue.service.jobs.publish import DecisionError, decide
 from holdtrue.service.store.schema import GateDecision, Job, JobCheckpoint, JobEvent, JobState, Model, Receipt
-from house import until_waiting
+from holdtrue.service.web.curves import curves
+from house import ROWS, until_waiting
 from support import chat
 
 NO_FALL = {"margin_fall": {"max": 1e-9}}
@@ -70,6 +72,39 @@ def test_a_job_succeeds_and_leaves_evidence(house, tmp_path):
     assert house.all(JobState, job_id) == []
     assert not house.work()
     assert not any((house.settings.home / "work").iterdir())
+
+
+def test_what_is_measured_on_the_validation_file_is_told_everywhere_alike(house):
+    job_id = house.job(validation_file=house.file(ROWS[:5]))
+    house.dispatch()
+    assert house.work()
+    job = house.get(job_id)
+    assert (job.status, job.error) == ("succeeded", None)
+    told = [e.data for e in house.all(JobEvent, job_id) if e.type == "metrics"]
+    assert [data["step"] for data in told] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert all(data["total_steps"] == 6 for data in told)
+    steps = {data["step"]: data for data in told if "train_loss" in data}
+    assert all(0 <= data["train_mean_token_accuracy"] <= 1 for data in steps.values())
+    held_out = {data["step"]: data for data in told if "full_valid_loss" in data}
+    assert sorted(held_out) == [3, 6]
+    assert all(data["valid_loss"] == data["full_valid_loss"] > 0 for data in held_out.values())
+    assert "Step 3/6: validation loss=" in "".join(house.messages(job_id))
+    checkpoints = house.all(JobCheckpoint, job_id)
+    assert [c.step_number for c in checkpoints] == [3, 6]
+    for checkpoint in checkpoints:
+        step = checkpoint.step_number
+        both = {**steps[step], **held_out[step]}
+        assert checkpoint.metrics == {name: both[name] for name in checkpoint.metrics}
+        assert set(held_out[step]) - {"total_steps"} < set(checkpoint.metrics)
+    rows = list(csv.DictReader(house.content(job.result_file).decode().splitlines()))
+    assert {int(row["step"]): float(row["valid_loss"]) for row in rows if row["valid_loss"]} == {
+        step: data["valid_loss"] for step, data in held_out.items()
+    }
+    with house.db.read() as session:
+        points = curves(session, job)
+    assert [(p.step, p.loss, p.validation) for p in points] == [
+        (step, data["train_loss"], held_out.get(step, {}).get("full_valid_loss")) for step, data in steps.items()
+    ]
 
 
 def test_a_gate_that_fails_keeps_the_model_back_and_says_why(house):

@@ -14,7 +14,7 @@ from holdtrue.service import clock, quotas, tenancy
 from holdtrue.service.jobs import dispatcher, leases, lifecycle, worker
 from holdtrue.service.jobs.dispatcher import Dispatcher
 from holdtrue.service.jobs.progress import Reporter
-from holdtrue.service.store.schema import File, Job, JobEvent, Policy
+from holdtrue.service.store.schema import File, Job, JobEvent, Policy, Project
 from support import chat
 
 
@@ -248,6 +248,25 @@ def test_a_second_training_is_charged_beside_the_first(house):
     job = house.get(job_id)
     assert job.attempt == 1
     assert charged(house) == job.trained_tokens == job.charged_tokens
+
+
+def test_a_job_that_alone_would_exceed_the_days_tokens_is_refused_before_it_trains(house):
+    plain = house.job()
+    house.dispatch()
+    house.work()
+    whole = charged(house)
+    for spare, status in ((0, "succeeded"), (-1, "failed")):
+        with house.db.write() as session:
+            limits = {"tokens_per_day": charged(house) + whole + spare}
+            session.get_one(Project, house.tenant["project"]).limits = limits
+        job_id = house.job()
+        house.dispatch()
+        house.work()
+        assert house.get(job_id).status == status
+    error = house.get(job_id).error
+    assert (error["code"], error["param"]) == ("tokens_per_day", "training_file")
+    assert f"would train {whole} tokens, and {whole - 1} of the project's" in error["message"]
+    assert charged(house) == 2 * whole == 2 * house.get(plain).trained_tokens
 
 
 @pytest.mark.parametrize("rows", [[chat("a?", "b.")] * 12 + [{"messages": [{"role": "x"}] * 3}] * 30])

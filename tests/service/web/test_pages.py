@@ -334,6 +334,8 @@ def test_points_come_from_steps_alone():
         return JobEvent(type=kind, data=data, once=once)
 
     assert point_of(event({"step": 3, "train_loss": 1.5, "kl": 0.1}, once="step:2:3")) == Point(2, 3, 1.5, None, 0.1)
+    measured = {"step": 3, "valid_loss": 1.25, "full_valid_loss": 1.25}
+    assert point_of(event(measured, once="eval:2:3")) == Point(2, 3, None, 1.25, None)
     assert point_of(event({"step": 3, "train_loss": float("nan")})) == Point(0, 3, None, None, None)
     for bad in (None, [], "x", {}, {"step": True}, {"step": "3"}, {"step": 1.5}):
         assert point_of(event(bad)) is None

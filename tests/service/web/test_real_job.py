@@ -98,7 +98,9 @@ def test_a_real_job_is_followed_to_its_receipt_and_a_held_one_is_released(
         assert page.locator("ol.stages li.done").count() == page.locator("ol.stages li").count()
         steps = page.locator("#points tbody tr").count()
         told = [event.data for event in client.fine_tuning.jobs.list_events(job, limit=100) if event.type == "metrics"]
-        assert steps == len(told) == 6
+        assert steps == 6
+        assert [data["step"] for data in told if "full_valid_loss" in data] == [6, 3]
+        assert len(told) == 8
         assert page.locator("figure svg path.series.one").count() == 2
         shown = page.locator("main").inner_text()
         for part in ("Likelihood margin", "at most 50", "Loss of held-out rows", "kl", "Running the safety checks"):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from holdtrue.errors import RunError
+from holdtrue.errors import OutcomeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def choose(logits: Tensor, seeds: Sequence[int], step: int, temperature: float) 
     Temperature 0 takes the likeliest, and needs no seed.
 
     Raises:
-        RunError: a row's logits are not numbers.
+        OutcomeError: a row's logits are not numbers.
     """
     if temperature == 0:
         best, tokens = logits.max(-1)
@@ -84,7 +84,7 @@ def _mix(bits: np.ndarray) -> np.ndarray:
 
 def _check(best: Tensor) -> None:
     if not bool(best.isfinite().all()):
-        raise RunError(
+        raise OutcomeError(
             "the model's logits are not finite, so it has no next token: its weights are broken, or overflow in its "
             "number format (load it in float32 or bfloat16)"
         )

@@ -15,6 +15,7 @@ from holdtrue.runs import files as run_files
 from holdtrue.service import clock, ids
 from holdtrue.service.jobs import events, snapshot
 from holdtrue.service.jobs.leases import Lease
+from holdtrue.service.jobs.progress import held_out
 from holdtrue.service.jobs.publish import model_name
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.schema import Job, JobCheckpoint, JobState
@@ -108,8 +109,7 @@ class Keeper:
                     "train_mean_token_accuracy": metrics.get("accuracy"),
                 }
             if metrics["step"] in found and "eval_loss" in metrics:
-                found[metrics["step"]]["full_valid_loss"] = metrics["eval_loss"]
-                found[metrics["step"]]["full_valid_mean_token_accuracy"] = metrics.get("eval_accuracy")
+                found[metrics["step"]] |= held_out(metrics)
         return found
 
 

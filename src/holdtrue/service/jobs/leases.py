@@ -15,7 +15,7 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from holdtrue.errors import HoldtrueError
-from holdtrue.service import clock
+from holdtrue.service import clock, quotas
 from holdtrue.service.jobs import events, lifecycle
 from holdtrue.service.store.database import Database
 from holdtrue.service.store.schema import Job
@@ -70,13 +70,20 @@ class Lease:
         return wanted
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[tuple[Session, Job]]:
+    def write(self, *, project: bool = False) -> Iterator[tuple[Session, Job]]:
         """A transaction on the job's own rows, in which the lease has been checked under the row's lock.
+
+        Args:
+            project: whether rows of its project are written too, such as files, models or usage; it is locked first,
+                since requests lock it before its jobs.
 
         Raises:
             LeaseLostError: at the start, and nothing is written.
         """
         with self.db.write() as session:
+            owner = session.scalar(select(Job.project_id).where(Job.id == self.job_id)) if project else None
+            if owner is not None:
+                quotas.lock_project(session, owner)
             job = session.scalar(select(Job).where(Job.id == self.job_id).with_for_update())
             if job is None or job.fence != self.fence or job.status != "running":
                 raise self._lost()
@@ -147,8 +154,8 @@ def _give_up(session: Session, job: Job) -> None:
         lifecycle.move(session, job, "running", "The job is running")
     error = {
         "code": "server_error",
-        "message": f"the job was begun {job.tries} times, and its worker died each time before it got any further; "
-        "nothing was released",
+        "message": f"the job was begun {job.tries} times, and its worker died or failed each time before it got "
+        "any further; nothing was released",
         "param": None,
     }
     lifecycle.move(session, job, "failed", error["message"] or "", error=error, level="error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from holdtrue.errors import Interrupted
@@ -36,7 +37,7 @@ class Keeper(Protocol):
 
 
 class Reporter:
-    """Writes the stages and steps of a run as events, several steps in one transaction where they come fast."""
+    """Writes a run's stages, steps and validations as events, several in one transaction where they come fast."""
 
     def __init__(self, run: Run, lease: Lease, attempt: int, keeper: Keeper, tracker: Tracker | None = None) -> None:
         self._run, self._lease, self._attempt, self._keeper, self._tracker = run, lease, attempt, keeper, tracker
@@ -64,8 +65,9 @@ class Reporter:
             self._flush()
             self._keeper.save()
         if "loss" in fields:
-            self._waiting.append(fields)
             self._tokens[fields["step"]] = fields["tokens"]
+        if "loss" in fields or "eval_loss" in fields:
+            self._waiting.append(fields)
             if time.monotonic() - self._flushed >= FLUSH_SECONDS or fields["step"] == fields["steps"]:
                 self._flush()
 
@@ -79,16 +81,17 @@ class Reporter:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        with self._lease.write() as (session, job):
+        with self._lease.write(project=True) as (session, job):
             for fields in self._waiting:
-                step = fields["step"]
+                step, kind = fields["step"], "step" if "loss" in fields else "eval"
+                what, loss = ("training", "loss") if kind == "step" else ("validation", "eval_loss")
                 events.add(
                     session,
                     job,
-                    f"Step {step}/{fields['steps']}: training loss={fields['loss']:.2f}",
+                    f"Step {step}/{fields['steps']}: {what} loss={fields[loss]:.2f}",
                     type="metrics",
                     data=_metrics(fields),
-                    once=f"step:{self._attempt}:{step}",
+                    once=f"{kind}:{self._attempt}:{step}",
                 )
             job.estimated_finish = clock.now() + round(self._waiting[-1]["seconds_left"])
             # As it goes: a job that is cancelled at its last step has trained all the same.
@@ -102,13 +105,27 @@ class Reporter:
 
 
 def _metrics(fields: dict[str, Any]) -> dict[str, Any]:
+    place = {"step": fields["step"], "total_steps": fields["steps"]}
+    if "loss" not in fields:
+        return place | held_out(fields)
     own = {name: value for name, value in fields.items() if name == "kl" or name.endswith(("_term", "_weight"))}
     adaptive = {name: value for name, value in fields.items() if name.startswith("adaptive_")}
     return {
-        "step": fields["step"],
-        "total_steps": fields["steps"],
+        **place,
         "train_loss": fields["loss"],
+        "train_mean_token_accuracy": fields.get("accuracy"),
         "tokens_per_second": fields.get("tokens_per_second"),
         **own,
         **adaptive,
+    }
+
+
+def held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run measured on the validation file, always the whole of it, under OpenAI's names."""
+    loss, accuracy = metrics["eval_loss"], metrics.get("eval_accuracy")
+    return {
+        "valid_loss": loss,
+        "valid_mean_token_accuracy": accuracy,
+        "full_valid_loss": loss,
+        "full_valid_mean_token_accuracy": accuracy,
     }

@@ -109,7 +109,7 @@ def publish(
     text = None if action == "retrain" else result_csv(final.run)
     result = None if text is None else blobs.put(io.BytesIO(text), limit=RESULT_BYTES)
     past: list[str] = []
-    with lease.write() as (session, job):
+    with lease.write(project=True) as (session, job):
         _decide(session, job, final, *stored[0], action)
         events.add(
             session,

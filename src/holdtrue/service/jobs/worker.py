@@ -14,10 +14,20 @@ from typing import Any, NamedTuple
 import structlog
 from sqlalchemy import select
 
-from holdtrue.errors import DataError, HoldtrueError, Interrupted, NeedError, RunError, ScreenError, SpecError
+from holdtrue.errors import (
+    DataError,
+    HoldtrueError,
+    Interrupted,
+    NeedError,
+    OutcomeError,
+    RunError,
+    ScreenError,
+    SpecError,
+)
 from holdtrue.models.digest import file_digest
 from holdtrue.runs import Control, Run, RunSpec, execute
 from holdtrue.runs import files as run_files
+from holdtrue.service import clock, quotas
 from holdtrue.service.evidence import signing
 from holdtrue.service.jobs import events, leases, lifecycle, snapshot
 from holdtrue.service.jobs.holding import Held
@@ -32,7 +42,7 @@ from holdtrue.service.settings import ServiceSettings
 from holdtrue.service.store.away import is_store_away
 from holdtrue.service.store.blobs import Blobs
 from holdtrue.service.store.database import Database, trouble
-from holdtrue.service.store.schema import ENDED, File, Job, JobState, Model, Policy
+from holdtrue.service.store.schema import ENDED, File, Job, JobState, Model, Policy, Project
 
 log = structlog.get_logger()
 IDLE_SECONDS = 1.0
@@ -132,6 +142,8 @@ class Worker:
         ):
             control = Control(progress=reporter.tell, stop=held.stop)
             try:
+                if plan.attempt == 0 and execute(run, control, until="prepare"):
+                    self._check_tokens(lease, run)
                 execute(run, control)
                 keeper.save()
                 final = Judged(run, plan.attempt)
@@ -143,6 +155,16 @@ class Worker:
                 if not held.lost:
                     keeper.save()
                 raise
+
+    def _check_tokens(self, lease: Lease, run: Run) -> None:
+        """Refuse a job that would train more than its project has left today, now that its rows are counted."""
+        kinds = run.manifest["data"]["train"]["by_kind"]
+        each = sum(count["tokens"] for kind, count in kinds.items() if kind != "aside")
+        with self._db.read() as session:
+            job = session.scalars(select(Job).where(Job.id == lease.job_id)).one()
+            limits = self._settings.limits.with_overrides(session.get_one(Project, job.project_id).limits)
+            tokens = each * run.spec.training.epochs
+            quotas.check_training(session, job.project_id, limits, tokens, now=clock.now())
 
     def _checkpoint(self, run: Run, step: int, attempt: int, held: Held) -> Judged:
         """Put an earlier checkpoint through the weights hook and a gate of its own, as a run that ended there."""
@@ -241,6 +263,9 @@ class Worker:
         with contextlib.suppress(LeaseLostError), lease.write() as (session, job):
             if told is None:
                 lifecycle.move(session, job, "queued", "A worker failed; the job is tried again", level="warn")
+                if job.tries > 1:  # not at once again and again: what is short, such as memory, needs time
+                    wait = min(FAILED_SECONDS * 2 ** (job.tries - 2), leases.LONGEST_WAIT)
+                    job.lease_until = clock.shared(session) + wait
             else:
                 text = f"The job failed: {told['message']}"
                 lifecycle.move(session, job, "failed", text, error=told, level="error")
@@ -309,7 +334,7 @@ def _waits_for(error: Exception) -> str | None:
     return None
 
 
-class _CustomerError(RunError):
+class _CustomerError(OutcomeError):
     def __init__(self, param: str, message: str, code: str) -> None:
         self.param, self.code = param, code
         super().__init__(message)
@@ -320,6 +345,8 @@ def _told(error: Exception) -> dict[str, Any] | None:
     message = _PATH.sub(r"\1", str(error))[:2000]
     if isinstance(error, _CustomerError):
         return {"code": error.code, "message": message, "param": error.param}
+    if isinstance(error, quotas.QuotaError):
+        return {"code": error.code, "message": message, "param": "training_file"}
     if isinstance(error, RefusalError):
         return {"code": "invalid_hyperparameters", "message": message, "param": error.param}
     if isinstance(error, DataError):
@@ -334,6 +361,6 @@ def _told(error: Exception) -> dict[str, Any] | None:
     if isinstance(error, NeedError | SpecError):
         text = "the provider's policy cannot be carried out on this job: " + message
         return {"code": "policy_error", "message": text, "param": None}
-    if isinstance(error, RunError):
+    if isinstance(error, OutcomeError):  # other ``RunError``s are of a host: a model that does not fit, a damaged file
         return {"code": "training_error", "message": message, "param": None}
     return None

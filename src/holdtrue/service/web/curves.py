@@ -17,7 +17,7 @@ MOST_EVENTS = 2000
 """Steps that are read of a job; of more, some at even distances."""
 MOST_POINTS = 300
 """Rows of the table that a page carries; more are thinned evenly."""
-_ATTEMPT = re.compile(r"step:(\d+):\d+")
+_ATTEMPT = re.compile(r"(?:step|eval):(\d+):\d+")
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,14 @@ def _held_out(data: dict[str, Any]) -> float | None:
 def curves(session: Session, job: Job) -> list[Point]:
     """Return the points of a job's last training in the order of their steps, thinned to ``MOST_POINTS``.
 
-    The loss of held-out rows is taken from the checkpoints, which have it.
+    The loss of held-out rows is taken from the checkpoints too, whose events may have been thinned away.
     """
     points = [point for point in map(point_of, _steps(session, job)) if point is not None]
     attempt = max((point.attempt for point in points), default=0)
-    by_step = {point.step: point for point in points if point.attempt == attempt}
+    by_step: dict[int, Point] = {}
+    for point in points:
+        if point.attempt == attempt:
+            by_step[point.step] = _merged(by_step.get(point.step), point)
     checkpoints = select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.attempt == attempt)
     for row in session.scalars(checkpoints):
         held_out = _held_out(row.metrics)
@@ -82,6 +85,13 @@ def curves(session: Session, job: Job) -> list[Point]:
             point = by_step.get(row.step_number, Point(attempt, row.step_number, None, None, None))
             by_step[row.step_number] = replace(point, validation=held_out)
     return thin([by_step[step] for step in sorted(by_step)])
+
+
+def _merged(first: Point | None, second: Point) -> Point:
+    if first is None:
+        return second
+    told = {name: value for name, value in vars(second).items() if value is not None}
+    return replace(first, **told)
 
 
 def _steps(session: Session, job: Job) -> Sequence[JobEvent]:

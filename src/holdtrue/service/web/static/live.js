@@ -112,6 +112,7 @@
       body.append(row(point));
     } else if (points[before].step === point.step) {
       for (const name of NAMES) if (point[name] !== null) points[before][name] = point[name];
+      [...body.rows].find((each) => Number(each.cells[0].textContent) === point.step)?.replaceWith(row(points[before]));
     } else {
       points.splice(before, 0, point);
     }
