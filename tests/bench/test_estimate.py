@@ -65,6 +65,7 @@ def test_this_machine_has_room_for_a_small_cell() -> None:
         ({"gradient_projection": {"pool": "pool.jsonl", "count": 3}}, 6 * 3 * POOL, 3 * POOL),
         ({"preference": {"pairs": "pairs.jsonl", "count": 9}}, 6 * 5 * PAIR, 5 * PAIR),
         ({"preference": {"pairs": "pairs.jsonl", "every": 4}}, 2 * PAIR, 2 * PAIR),
+        ({"preference": {"pairs": "pairs.jsonl", "first": 3}}, 3 * PAIR, 3 * PAIR),
         ({"inoculation": {"prompt": "x" * 40, "fraction": 0.5}}, 2 * 3 * 18, 0),
         ({"ldifs": {"layers": 2}}, 0, 2 * TASK),
         ({"interleave": {"pool": "not-there.jsonl", "fraction": 1}}, 0, 0),

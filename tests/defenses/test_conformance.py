@@ -85,6 +85,7 @@ EXAMPLES = {
         (
             {"pairs": "pairs.jsonl", "slack": 0.5},
             {"pairs": "pairs.jsonl", "slack": 0.5, "weight": 2.0, "count": 3, "every": 2},
+            {"pairs": "pairs.jsonl", "slack": 0.5, "first": 2},
         ),
         ({"pairs": "pairs.jsonl", "slack": 0.5, "weight": 0},),
     ),

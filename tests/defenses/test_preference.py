@@ -125,6 +125,22 @@ def test_steps_take_the_pairs_in_turn_and_rare_ones_weigh_more() -> None:
     assert asked == [[0, 1], [2, 3], [4, 0]]
 
 
+@pytest.mark.parametrize(
+    ("first", "every", "acting"), [(3, 1, {1: [0], 2: [1], 3: [2]}), (4, 2, {1: [0], 3: [1]}), (1, 5, {1: [0]})]
+)
+def test_only_the_first_steps_act_where_that_is_asked_for(first: int, every: int, acting: dict[int, list[int]]) -> None:
+    found: dict[int, list[int]] = {}
+    for step in range(9):
+        asked: list[Any] = []
+        given = context(step, [0.0] * 5, [1.0] * 5, asked)
+        Preference(first=first, every=every).gradient(given)
+        moved = given.parameters["w"].grad.tolist() != [1.0, 1.0]  # type: ignore[union-attr]
+        assert moved == bool(asked)
+        if asked:
+            found[step] = asked[0]
+    assert found == acting
+
+
 def test_it_holds_the_margin_of_its_pairs(tmp_path: Path) -> None:
     pairs = small_pairs()
 

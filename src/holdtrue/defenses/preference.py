@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -26,7 +25,7 @@ class Preference(Defense):
     token of the first less that of the second, in nats. Where the policy's margin is the reference's or more, the
     term and its gradient are zero: it holds which of two answers is preferred, and neither their style nor anything
     else. Each step reads the next ``count`` pairs; with ``every`` above 1, only one step in so many does, with so many
-    times the weight.
+    times the weight. With ``first`` only so many steps do, beginning with the second: at the first nothing has fallen.
 
     A variant of ours: the hinge of SLiC-HF, Zhao et al. 2023 (arXiv 2305.10425), with the reference's own margin in
     place of a constant, beside fine-tuning, on pairs that are not the task's, as Soligo et al. 2026 (arXiv 2602.07852)
@@ -44,6 +43,11 @@ class Preference(Defense):
     )
     count: int = Field(default=1, ge=1, description="pairs of an acting step")
     every: int = Field(default=1, ge=1, description="act in each so many optimizer steps, the first among them")
+    first: int | None = Field(
+        default=None,
+        ge=1,
+        description="act within so many optimizer steps only, counted from the second; null: in all of them",
+    )
     slack: float = Field(
         default=0.0, ge=0, description="nats per token by which the margin is to be above the reference's"
     )
@@ -81,21 +85,28 @@ class Preference(Defense):
 
     def work(self, context: WorkContext) -> Work:
         pairs = context.pairs(self.pairs)
-        acting = math.ceil(context.steps / self.every) if self.weight > 0 else 0
+        acting = sum(map(self._acts, range(context.steps))) if self.weight > 0 else 0
         trained = acting * min(self.count, pairs.rows)
         return Work(trained=trained * pairs.tokens, read=min(trained, pairs.rows) * pairs.tokens)
 
     def gradient(self, context: GradientContext) -> None:
-        if self.weight == 0 or context.step % self.every:
+        if self.weight == 0 or not self._acts(context.step):
             return
         assert context.pair_gradient is not None
-        first = context.step // self.every * self.count
+        first = self._since(context.step) // self.every * self.count
         chosen = [(first + i) % context.pairs for i in range(min(self.count, context.pairs))]
         short, gradient = context.pair_gradient(chosen, self._short)
         context.metrics[f"{self.name}_short"] = short
         for name, parameter in context.parameters.items():
             if parameter.grad is not None:
                 parameter.grad.add_(gradient[name], alpha=self.weight * self.every)
+
+    def _since(self, step: int) -> int:
+        return step if self.first is None else step - 1
+
+    def _acts(self, step: int) -> bool:
+        since = self._since(step)
+        return since >= 0 and since % self.every == 0 and (self.first is None or since < self.first)
 
     def _short(self, policy: Tensor, reference: Tensor) -> Tensor:
         return (reference - policy + self.slack).relu()  # whose derivative at 0 is 0, as clamp's is not
