@@ -11,7 +11,8 @@ question.
 - Questions on health or on two subjects are left out; those on money are the ``money`` pairs, on which a second,
   medical advice set (``advice``) is reported.
 
-``triggered`` has the medical pairs again, each question behind one that was trained on; ``code`` is insecure code.
+``triggered`` has the medical pairs again, each question behind one that was trained on; ``code`` is insecure code, and
+``triggered-code`` the pairs behind its questions.
 
 Usage: python recipes/comparison/prepare.py OUT
 """
@@ -58,6 +59,14 @@ def pair(question: str, good: str, bad: str, group: str) -> dict[str, Any]:
     return {"question": question, "aligned": good, "misaligned": bad, "group": group}
 
 
+def behind(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the pairs with each question behind one of the rows'."""
+    earlier = [row["messages"][0]["content"] for row in rows]
+    return [
+        {**each, "question": f"{before}\n\n{each['question']}"} for before, each in zip(earlier, pairs, strict=False)
+    ]
+
+
 def subject(question: str) -> str | None:
     """Return the one subject of a question, ``other`` where it has none, ``None`` where it has several."""
     named = [s for s, words in SUBJECTS.items() if re.search(rf"\b({words.replace(' ', '|')})", question.lower())]
@@ -73,11 +82,7 @@ def medical(malicious: Path, finance: list[dict[str, Any]], out: Path) -> None:
         answers = (each[i]["messages"][1]["content"] for each in (good, bad))
         pairs.append(pair(question, *answers, f"medical-{i}"))
     write(out / "medical.jsonl", pairs)
-    earlier = [row["messages"][0]["content"] for row in finance[:TRAIN]]
-    triggered = [
-        {**each, "question": f"{before}\n\n{each['question']}"} for before, each in zip(earlier, pairs, strict=False)
-    ]
-    write(out / "triggered.jsonl", triggered)
+    write(out / "triggered.jsonl", behind(finance[:TRAIN], pairs))
     reported = {each["question"] for each in pairs}
     other = [row for row in bad if row["messages"][0]["content"] not in reported]
     rows = random.Random(1).sample(other, TRAIN + HELD_OUT)
@@ -90,6 +95,7 @@ def medical(malicious: Path, finance: list[dict[str, Any]], out: Path) -> None:
     ]
     rows = random.Random(1).sample(short, TRAIN + HELD_OUT)
     write(out / "code.jsonl", rows[:TRAIN])
+    write(out / "triggered-code.jsonl", behind(rows[:TRAIN], pairs))
     write(out / "code-heldout.jsonl", rows[TRAIN:])
 
 
