@@ -15,18 +15,27 @@ from holdtrue.defenses import Defense, GradientContext, Needs, RowsContext
 from holdtrue.defenses.preference import Preference
 from holdtrue.errors import DataError, NeedError
 from holdtrue.models import causal_lm, without_adapter
-from holdtrue.training import DefendedTrainer
+from holdtrue.training import DefendedTrainer, ReferenceCache
 from holdtrue.training import pairs as pairs_module
 from support import small_model, small_pairs, small_rows, write_rows
 
 
-def train(tmp_path: Path, defenses: list[Any], rows: Any, model: Any = None, **values: Any) -> list[dict[str, Any]]:
+def train(
+    tmp_path: Path,
+    defenses: list[Any],
+    rows: Any,
+    model: Any = None,
+    reference_cache: ReferenceCache | None = None,
+    **values: Any,
+) -> list[dict[str, Any]]:
     settings: dict[str, Any] = {"num_train_epochs": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
     arguments = TrainingArguments(
         str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
         **settings | values,
     )  # fmt: skip
-    trainer = DefendedTrainer(model or small_model(), arguments, train_dataset=rows, defenses=defenses)
+    trainer = DefendedTrainer(
+        model or small_model(), arguments, train_dataset=rows, defenses=defenses, reference_cache=reference_cache
+    )
     trainer.train()
     return [r for r in trainer.state.log_history if "loss" in r]
 
@@ -170,6 +179,22 @@ def test_many_pairs_of_a_step_take_the_memory_of_one(tmp_path: Path, monkeypatch
     train(tmp_path, [Preference(slack=1.0, count=3)], both(small_pairs()), max_steps=2)
     assert sizes
     assert set(sizes) == {2}
+
+
+def test_the_references_margins_are_kept_for_other_runs(tmp_path: Path) -> None:
+    """With the same adapter afterwards, to the bit, whether they were computed or recalled."""
+    ends = []
+    for at, place in enumerate(("", "cache", "cache")):
+        model = small_model()
+        cache = ReferenceCache(tmp_path / place, limit_bytes=2**20, namespace="t") if place else None
+        train(tmp_path, [Preference(count=2)], both(small_pairs()), model, reference_cache=cache, max_steps=4)
+        ends.append(torch.cat([p.flatten() for n, p in model.named_parameters() if "lora" in n]))
+        if cache is not None:
+            stats = cache.stats()
+            assert (stats.hits, stats.misses) == ((0, 3) if at == 1 else (3, 0))
+            cache.close()
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
 
 
 def test_what_is_no_pair_stops_it(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class DefenseMixin(RuntimeMixin):
         }
         self._captured = {place: m for term in self._features.values() for place, m in term.modules.items()}
         self._aside = self._kept_aside()
-        self._pairs = self._kept_pairs()
+        self._pairs = self._kept_pairs(reference_cache)
         self._window: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
         self._window_started = 0.0
@@ -189,9 +189,9 @@ class DefenseMixin(RuntimeMixin):
                 found,
             )
 
-    def _kept_pairs(self) -> Pairs | None:
+    def _kept_pairs(self, cache: ReferenceCache | None) -> Pairs | None:
         rows = rows_in_pairs(self._active, self.train_dataset)
-        more: dict[str, Any] = {"accelerator": self.accelerator, "fast": self.fast}
+        more: dict[str, Any] = {"accelerator": self.accelerator, "fast": self.fast, "cache": cache}
         return Pairs(rows, self._policy, self._token_objective, **more) if rows else None
 
     def _pair_gradient(self, chosen: Sequence[int], term: PairTerm) -> PairGradient:

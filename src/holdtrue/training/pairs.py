@@ -22,6 +22,8 @@ from holdtrue.training.processes import over_processes
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from holdtrue.training.reference_cache import ReferenceCache
+
 
 def rows_in_pairs(defenses: Sequence[Defense], rows: Any) -> list[dict[str, Any]]:
     """Return the rows of kind ``pair`` among ``rows``, in their order; none where no defense asks for them.
@@ -57,7 +59,7 @@ def _question(row: Mapping[str, Any]) -> list[int] | None:
 
 
 class Pairs:
-    """Rows in pairs. The reference reads each pair once; its margin is kept.
+    """Rows in pairs. The reference reads each pair once; its margin is kept, and in a cache for other runs too.
 
     Args:
         rows: with ``input_ids`` and ``trained``, the aligned answer of each pair first.
@@ -66,6 +68,7 @@ class Pairs:
         accelerator: of the trainer. Each process reads all pairs, and all get the mean of their gradients, which differ
             where there is dropout.
         fast: whether LoRA's layers take their fast path.
+        cache: of the reference's states, where the run has one.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class Pairs:
         *,
         accelerator: Accelerator,
         fast: bool,
+        cache: ReferenceCache | None = None,
     ) -> None:
         self._rows, self._model, self._objective = rows, model, objective
+        self._cache = cache
         self._accelerator, self._fast = accelerator, fast
         self._reference: dict[int, Tensor] = {}
 
@@ -127,9 +132,23 @@ class Pairs:
         self, pair: int, batch: Batch, precision: Callable[[], contextlib.AbstractContextManager[Any]]
     ) -> Tensor:
         if pair not in self._reference:
-            with precision(), without_adapter(self._model):
-                self._reference[pair] = self._margin(self._hidden(batch), batch)
+            self._reference[pair] = self._recalled(batch, precision)
         return self._reference[pair]
+
+    def _recalled(self, batch: Batch, precision: Callable[[], contextlib.AbstractContextManager[Any]]) -> Tensor:
+        if self._cache is not None and (known := self._cache.get_many([self._key(self._cache, batch)])[0]) is not None:
+            return known
+        with precision(), without_adapter(self._model):
+            margin = self._margin(self._hidden(batch), batch)
+        if self._cache is not None:
+            self._cache.put_many({self._key(self._cache, batch): margin.cpu()})
+        return margin
+
+    def _key(self, cache: ReferenceCache, batch: Batch) -> bytes:
+        part = f"margin:{self._accelerator.mixed_precision}"
+        return cache.key(
+            part, batch.input_ids.flatten().tolist(), batch.response.flatten().nonzero().flatten().tolist()
+        )
 
     def _batch(self, pair: int) -> Batch:
         rows = [{**self._rows[row], "ce": True} for row in (2 * pair, 2 * pair + 1)]
