@@ -150,6 +150,12 @@ def test_only_the_first_steps_act_where_that_is_asked_for(first: int, every: int
     assert found == acting
 
 
+def test_a_run_without_first_steps_is_told_as_before_there_were_any() -> None:
+    assert "first" not in Preference().model_dump()
+    assert Preference(first=6).model_dump()["first"] == 6
+    assert Preference.model_validate(Preference(first=6).model_dump()) == Preference(first=6)
+
+
 def test_it_holds_the_margin_of_its_pairs(tmp_path: Path) -> None:
     pairs = small_pairs()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from holdtrue.data import ChatRow, Message, Probes, read_probes, resolve_data
 from holdtrue.defenses.base import Defense, GradientContext, Needs, RowsContext, RunContext, Work, WorkContext
@@ -51,6 +51,11 @@ class Preference(Defense):
     slack: float = Field(
         default=0.0, ge=0, description="nats per token by which the margin is to be above the reference's"
     )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A run without ``first`` has the hash that it had before there was any.
+        return {key: value for key, value in write(self).items() if (key, value) != ("first", None)}
 
     def needs(self) -> Needs:
         return Needs(pairs=self.pairs if self.weight > 0 else None)
