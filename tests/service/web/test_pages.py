@@ -132,7 +132,9 @@ def test_a_job_is_paused_resumed_and_cancelled_by_forms(server: Server, visit):
     assert again.status_code == 400
     assert "has cancelled already" in again.text
     with server.db.read() as session:
-        told = session.scalars(select(AuditEntry.action).where(AuditEntry.subject == job_id)).all()
+        told = session.scalars(
+            select(AuditEntry.action).where(AuditEntry.subject == job_id).order_by(AuditEntry.seq)
+        ).all()
     assert list(told)[-3:] == ["job.pause", "job.resume", "job.cancel"]
 
 
