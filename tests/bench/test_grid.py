@@ -173,7 +173,7 @@ def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(write: Write, tmp_path
     found = {cell["setting"]: (cell["status"], (cell["error"] or {}).get("type")) for cell in index["cells"]}
     assert found["unmet"] == ("failed", "NeedError")
     assert found["undefended"] == found["kl"] == ("done", None)
-    assert found["wild"] == ("failed", "RunError")
+    assert found["wild"] == ("failed", "OutcomeError")
     assert "no-such-model" in index["cells"][0]["error"]["message"]
     page = (out / "index.html").read_text()
     assert "2 failed" in page
