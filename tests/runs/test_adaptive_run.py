@@ -141,3 +141,12 @@ def test_pairs_that_are_trained_on_measure_no_drift(folder: Path, edit: Edit, pr
     write_rows(folder / "other.jsonl", [*other[1:], {**rows[0], "question": rows[0]["question"].upper()}])
     with pytest.raises(SpecError, match=r"1 of the questions .*line 1, for one\), are among the pairs that preference"):
         make(folder, edit(both("other.jsonl")), name="shared")
+
+
+def test_rows_that_the_run_holds_out_are_no_pairs(folder: Path, edit: Edit, probe: Path) -> None:
+    def held_out(values: dict[str, Any]) -> None:
+        values["data"] = {"train": values["data"]["train"], "holdout": 2}
+        values["defenses"] = [{"preference": {"pairs": probe.name}}]
+
+    run = make(folder, edit(held_out))
+    assert run.manifest["defenses"]["preference"]["pair_rows"] == len(probe.read_text().splitlines())

@@ -49,7 +49,7 @@ def prepare_stage(run: Run, control: Control) -> dict[str, Any]:
             for source in suite_sources(spec, name, run):
                 check(source)
     check_asking(spec)
-    check_probes(spec)
+    check_probes(run)
     control.check(run.path)
 
     source = resolve(spec.model, spec.revision)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from holdtrue.data import resolve_data
 from holdtrue.errors import NeedError, SpecError
+from holdtrue.runs.directory import Run
 from holdtrue.runs.spec import RunSpec
 from holdtrue.runs.tasks import sha256_of, suite_sources
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from holdtrue.evaluation import MarginProbe
 
 
-def check_probes(spec: RunSpec) -> None:
-    """Check the pairs that a spec's defenses read.
+def check_probes(run: Run) -> None:
+    """Check the pairs that a run's defenses read, once the rows that it holds out are split off.
 
     Raises:
         SpecError: two defenses name different probes; a defense measures drift on questions that another one trains on;
@@ -26,12 +27,13 @@ def check_probes(spec: RunSpec) -> None:
         NeedError: such a file is not there.
         DataError: rows have faults.
     """
+    spec = run.spec
     _path(spec)
     for defense in spec.defenses:
         needs = defense.needs()
         for file in (needs.probe, needs.pairs):
             if file is not None:
-                _check_apart(spec, defense.name, resolve_data(file, spec.folder))
+                _check_apart(run, defense.name, resolve_data(file, spec.folder))
     _check_measured(spec)
 
 
@@ -54,22 +56,23 @@ def _check_measured(spec: RunSpec) -> None:
             )
 
 
-def _check_apart(spec: RunSpec, name: str, path: Path) -> None:
+def _check_apart(run: Run, name: str, path: Path) -> None:
     from holdtrue.evaluation import read_probes
 
+    spec = run.spec
     reason = f"{name} holds the margin on these pairs, so a measurement on the same questions says nothing of others"
     if not path.is_file():
         raise NeedError(f"{name} needs pairs of answers and {path} does not exist: give a probe file, or builtin:NAME")
     probes = read_probes(path)
     for suite in (s for s in spec.evaluate.suites if s != "benign"):
-        for source in suite_sources(spec, suite):
+        for source in suite_sources(spec, suite, run):
             if source.is_file() and sha256_of(source) == probes.sha256:
                 raise SpecError(
                     f"evaluate: {suite} is measured on the pairs of {name}, {path}. {reason}: name another file"
                 )
     if "likelihood" in spec.evaluate.suites or (spec.gate is not None and "margin_fall" in spec.gate.limits()):
         own = {_folded(probe.question) for probe in probes.rows}
-        for source in suite_sources(spec, "likelihood"):
+        for source in suite_sources(spec, "likelihood", run):
             shared = [probe for probe in read_probes(source).rows if _folded(probe.question) in own]
             if shared:
                 raise SpecError(
