@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdtrue.data import resolve_data
+from holdtrue.data import Probe, read_probes, resolve_data
 from holdtrue.errors import NeedError, SpecError
 from holdtrue.runs.directory import Run
 from holdtrue.runs.spec import RunSpec
@@ -39,16 +39,15 @@ def check_probes(run: Run) -> None:
 
 def _check_measured(spec: RunSpec) -> None:
     """Refuse a defense that trains on questions on which another one measures drift."""
-    from holdtrue.evaluation import read_probes
-
     measured = _path(spec)
+    if measured is None:
+        return
     for defense in spec.defenses:
         trained = defense.needs().pairs
-        if measured is None or trained is None:
+        if trained is None:
             continue
         path = resolve_data(trained, spec.folder)
-        own = {_folded(probe.question) for probe in read_probes(path).rows}
-        if shared := [probe for probe in read_probes(measured).rows if _folded(probe.question) in own]:
+        if shared := _shared(path, measured):
             raise SpecError(
                 f"defenses: {len(shared)} of the questions on which drift is measured, {measured} (line "
                 f"{shared[0].line}, for one), are among the pairs that {defense.name} trains on, {path}: it would say "
@@ -57,8 +56,6 @@ def _check_measured(spec: RunSpec) -> None:
 
 
 def _check_apart(run: Run, name: str, path: Path) -> None:
-    from holdtrue.evaluation import read_probes
-
     spec = run.spec
     reason = f"{name} holds the margin on these pairs, so a measurement on the same questions says nothing of others"
     if not path.is_file():
@@ -71,10 +68,8 @@ def _check_apart(run: Run, name: str, path: Path) -> None:
                     f"evaluate: {suite} is measured on the pairs of {name}, {path}. {reason}: name another file"
                 )
     if "likelihood" in spec.evaluate.suites or (spec.gate is not None and "margin_fall" in spec.gate.limits()):
-        own = {_folded(probe.question) for probe in probes.rows}
         for source in suite_sources(spec, "likelihood", run):
-            shared = [probe for probe in read_probes(source).rows if _folded(probe.question) in own]
-            if shared:
+            if shared := _shared(path, source):
                 raise SpecError(
                     f"evaluate: {len(shared)} of the questions of {source} (line {shared[0].line}, for one) are among "
                     f"the pairs of {name}, {path}, too. {reason}: take them out of one of the two"
@@ -94,6 +89,12 @@ def _path(spec: RunSpec) -> Path | None:
     if len(set(asked.values())) > 1:
         raise SpecError(f"defenses: {' and '.join(asked)} name different probes; give them the same file")
     return resolve_data(next(iter(asked.values())), spec.folder) if asked else None
+
+
+def _shared(path: Path, other: Path) -> list[Probe]:
+    """Return the rows of ``other`` whose questions are asked in ``path`` too."""
+    own = {_folded(probe.question) for probe in read_probes(path).rows}
+    return [probe for probe in read_probes(other).rows if _folded(probe.question) in own]
 
 
 def _folded(question: str) -> str:

@@ -218,7 +218,8 @@ def check_paths(document: PolicyDocument) -> None:
 
     Asked of what is about to be stored, and not of what is: a later version must not refuse that.
     """
-    wrong = [f"{where}: {path}" for where, path in _paths(document) if not _is_whole(path)]
+    # Further trainings have the first one's defenses again.
+    wrong = dict.fromkeys(f"{where}: {path}" for where, path in _paths(document) if not _is_whole(path))
     if wrong:
         raise SpecError(
             "; ".join(wrong) + ": workers run in folders of their own: give the whole path, the same on each host that "
